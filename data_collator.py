@@ -1,0 +1,215 @@
+"""The one module that every script shares: reading a tokenized set, the order of its rows, and collation.
+
+It is shared because a mistake here would be wrong in every strategy at once. Three words, never mixed:
+  padded        rows of a batch padded to the longest one; padding has no target and nothing attends to it
+  padding-free  the collator joins the rows of a batch into one long row, so no position is wasted on padding
+  packed        tokenize_dataset.py --packing True joined whole documents into rows beforehand
+
+A token attends to its own document only. transformers builds that block mask from `position_ids` that restart at 0,
+but only when no `attention_mask` and no cache are passed: always call the model with `use_cache=False`.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+IGNORE_INDEX = -100  # a label that contributes no loss, as in torch.nn.functional.cross_entropy
+FILLER = -1  # the index of a row without target, which completes the last optimizer step of an epoch
+
+
+class TokenizedDataset(Dataset):
+    """Rows that data_sample/tokenize_dataset.py wrote: `input_ids`, `labels` and, if packed, `position_ids`.
+
+    The Arrow files are memory-mapped, so opening a set of any size takes no memory.
+
+    Args:
+        path: the folder; `ledger.json`, written last, shows that it is complete.
+        config: if given, the model's configuration; a token id at or above its vocab_size is an error.
+        tokenizer: if given, ids that were made with another vocabulary are an error.
+
+    Raises:
+        FileNotFoundError: the folder or its ledger is missing.
+        ValueError: a column is missing, there is no row, or an id lies outside the vocabulary.
+    """
+
+    def __init__(self, path: str | Path, config=None, tokenizer=None):
+        from datasets import load_from_disk  # one second, not paid by those who want only the collator
+
+        if not Path(path).is_dir():
+            raise FileNotFoundError("no such folder; make it with python data_sample/tokenize_dataset.py")
+        if not (Path(path) / "ledger.json").is_file():
+            raise FileNotFoundError(
+                "no ledger.json in it: not a tokenized set, or one that was not finished; "
+                "make it with python data_sample/tokenize_dataset.py"
+            )
+        self.path = Path(path)
+        self.ledger = json.loads((self.path / "ledger.json").read_text(encoding="utf-8"))
+        self.table = load_from_disk(str(path)).with_format("numpy")
+        missing = [name for name in ("input_ids", "labels") if name not in self.table.column_names]
+        if missing:
+            raise ValueError(
+                f"no column {' and '.join(missing)} (columns: {', '.join(self.table.column_names)}); "
+                "make it with python data_sample/tokenize_dataset.py"
+            )
+        if len(self.table) == 0:
+            raise ValueError("it has no rows; its ledger.json says why each input row was dropped")
+        self.packed = "position_ids" in self.table.column_names
+        if config:
+            self._check_ids(config.vocab_size)
+        if tokenizer and self.ledger.get("vocabulary_sha256", vocabulary_hash(tokenizer)) != vocabulary_hash(tokenizer):
+            raise ValueError("it was made with another tokenizer; tokenize again with --tokenizer_path MODEL")
+
+    def _check_ids(self, vocab_size: int) -> None:
+        import pyarrow.compute as pc
+
+        for chunk in self.table.data.column("input_ids").chunks:
+            extremes = pc.min_max(chunk.flatten()).as_py()
+            if extremes["max"] is not None and (extremes["max"] >= vocab_size or extremes["min"] < 0):
+                raise ValueError(
+                    f"token ids from {extremes['min']} to {extremes['max']} do not fit the model's "
+                    f"vocabulary of {vocab_size}; tokenize again with --tokenizer_path MODEL"
+                )
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One row of length T: int64 `input_ids` [T], `labels` [T] and, if packed, `position_ids` [T]."""
+        if index == FILLER:
+            row = {"input_ids": torch.zeros(1, dtype=torch.int64), "labels": torch.full((1,), IGNORE_INDEX)}
+            return row | ({"position_ids": torch.zeros(1, dtype=torch.int64)} if self.packed else {})
+        return {name: torch.from_numpy(ids.astype(np.int64)) for name, ids in self.table[int(index)].items()}
+
+
+class RowSampler(Sampler):
+    """The order of rows in an epoch: a permutation given by (seed, epoch) alone, the same for every strategy.
+
+    Consecutive runs of `rows_per_step` indices form one optimizer step, whatever the number of processes and the
+    split into micro-batches. The last run of an epoch is completed with FILLER, never with rows repeated: a repeated
+    row would weigh twice, and dropping the rest would lose data.
+
+    Args:
+        num_rows: rows in the set.
+        rows_per_step: rows in one optimizer step = processes x batch size x accumulation steps.
+        seed: seed of the whole run.
+    """
+
+    def __init__(self, num_rows: int, rows_per_step: int, seed: int):
+        self.num_rows, self.rows_per_step, self.seed = num_rows, rows_per_step, seed
+        self.epoch = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_rows // self.rows_per_step)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.rows_per_step
+
+    def __iter__(self):
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_rows)
+        yield from order.tolist()
+        yield from [FILLER] * (len(self) - self.num_rows)
+
+    def windows(self, global_step: int):
+        """Yields without end the row indices of each optimizer step, without fillers, from step `global_step` on."""
+        epoch, skipped = divmod(global_step, self.steps_per_epoch)
+        while True:
+            self.set_epoch(epoch)
+            order = [index for index in self if index != FILLER]
+            for start in range(skipped * self.rows_per_step, self.num_rows, self.rows_per_step):
+                yield order[start : start + self.rows_per_step]
+            epoch, skipped = epoch + 1, 0
+
+
+class DataCollator:
+    """Makes one batch of rows. Masks come from lengths, never from token ids (the pad token is often also EOS).
+
+    padded: `input_ids`, `labels`, `attention_mask` [rows, longest]; packed rows get `position_ids` instead of the
+    mask, and their padding is a document of its own, because a 2-D mask would let documents attend to each other.
+
+    padding-free: `input_ids`, `labels`, `position_ids` [1, tokens], and what saves work in the model's last layer,
+    which multiplies every position with the whole vocabulary: `logits_to_keep` [targets], the positions that have a
+    target, and `shift_labels` [1, targets], those targets. transformers' forward and loss understand both.
+
+    The first token of a document is never a target: the position before it belongs to another document.
+    """
+
+    def __init__(self, padding_free: bool):
+        self.padding_free = padding_free
+
+    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        packed = "position_ids" in rows[0]
+        input_ids = [row["input_ids"] for row in rows]
+        positions = [row["position_ids"] if packed else torch.arange(len(row["input_ids"])) for row in rows]
+        labels = [
+            row["labels"].masked_fill(position == 0, IGNORE_INDEX)
+            for row, position in zip(rows, positions, strict=True)
+        ]
+        if self.padding_free:
+            labels = torch.cat(labels)
+            positions_with_target = torch.nonzero(labels != IGNORE_INDEX).flatten()
+            return {
+                "input_ids": torch.cat(input_ids)[None],
+                "labels": labels[None],
+                "position_ids": torch.cat(positions)[None],
+                "logits_to_keep": positions_with_target - 1,  # the logits at position p predict the token at p + 1
+                "shift_labels": labels[positions_with_target][None],
+            }
+        longest = max(len(ids) for ids in input_ids)
+        batch = {"input_ids": pad(input_ids, longest, 0), "labels": pad(labels, longest, IGNORE_INDEX)}
+        if packed:
+            batch["position_ids"] = torch.stack(
+                [torch.cat([position, torch.arange(longest - len(position))]) for position in positions]
+            )
+        else:
+            batch["attention_mask"] = pad([torch.ones_like(ids) for ids in input_ids], longest, 0)
+        return batch
+
+
+def pad(sequences: list[torch.Tensor], length: int, value: int) -> torch.Tensor:
+    """Right-pads 1-D tensors to `length` and stacks them: [len(sequences), length]."""
+    return torch.stack([torch.nn.functional.pad(ids, (0, length - len(ids)), value=value) for ids in sequences])
+
+
+def num_targets(batch: dict[str, torch.Tensor]) -> int:
+    """Target tokens of a batch: what its summed loss is to be divided by."""
+    return int((batch["labels"] != IGNORE_INDEX).sum())
+
+
+def vocabulary_hash(tokenizer) -> str:
+    """SHA-256 of the token-to-id table: two tokenizers with the same hash give ids the same meaning."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+@torch.no_grad()
+def check_document_attention(model: torch.nn.Module, vocab_size: int) -> None:
+    """Runs two joined documents through `model` and changes the first: the second's logits may not move at all.
+
+    A backend that ignores `position_ids` trains on leaked text without any other sign; this costs two forwards of
+    eight tokens.
+
+    Raises:
+        ValueError: the model's attention crosses the border between two documents.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
+    logits = []
+    for shift in (0, 1):
+        input_ids = torch.arange(8, device=device)[None] % vocab_size
+        input_ids[:, :4] = (input_ids[:, :4] + shift) % vocab_size
+        logits.append(model(input_ids=input_ids, position_ids=positions, use_cache=False).logits)
+    model.train(was_training)
+    if torch.equal(logits[0][:, :4], logits[1][:, :4]) or not torch.equal(logits[0][:, 4:], logits[1][:, 4:]):
+        raise ValueError(
+            "the attention of this model crosses documents in one row; choose another "
+            "--attn_implementation, or --padding_free False with a set that is not packed"
+        )

@@ -7,10 +7,21 @@ It is shared because a mistake here would be wrong in every strategy at once. Th
 
 A token attends to its own document only. transformers builds that block mask from `position_ids` that restart at 0,
 but only when no `attention_mask` and no cache are passed: always call the model with `use_cache=False`.
+
+What must be the same in every strategy's output folder stands here, too: what makes a checkpoint whole, whether it
+belongs to the same order of rows, and the receipt of a run.
 """
 
 import hashlib
 import json
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -93,18 +104,21 @@ class RowSampler(Sampler):
     row would weigh twice, and dropping the rest would lose data.
 
     Args:
-        num_rows: rows in the set.
+        dataset: the rows.
         rows_per_step: rows in one optimizer step = processes x batch size x accumulation steps.
         seed: seed of the whole run.
     """
 
-    def __init__(self, num_rows: int, rows_per_step: int, seed: int):
-        self.num_rows, self.rows_per_step, self.seed = num_rows, rows_per_step, seed
-        self.epoch = 0
+    def __init__(self, dataset: TokenizedDataset, rows_per_step: int, seed: int):
+        self.dataset, self.rows_per_step, self.seed, self.epoch = dataset, rows_per_step, seed, 0
+        self.steps_per_epoch = math.ceil(len(dataset) / rows_per_step)
 
     @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.num_rows // self.rows_per_step)
+    def identity(self) -> dict:
+        """All that decides which rows an optimizer step sees."""
+        sha256 = self.dataset.ledger.get("sha256")
+        return {"dataset_sha256": sha256, "num_rows": len(self.dataset), "rows_per_step": self.rows_per_step,
+                "seed": self.seed}  # fmt: skip
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -113,19 +127,23 @@ class RowSampler(Sampler):
         return self.steps_per_epoch * self.rows_per_step
 
     def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_rows)
-        yield from order.tolist()
-        yield from [FILLER] * (len(self) - self.num_rows)
+        yield from np.random.default_rng([self.seed, self.epoch]).permutation(len(self.dataset)).tolist()
+        yield from [FILLER] * (len(self) - len(self.dataset))
 
-    def windows(self, global_step: int):
-        """Yields without end the row indices of each optimizer step, without fillers, from step `global_step` on."""
-        epoch, skipped = divmod(global_step, self.steps_per_epoch)
+    def steps(self, collate: "DataCollator", batch_size: int, global_step: int = 0):
+        """Yields without end, from optimizer step `global_step` on, the micro-batches of a step and its token count.
+
+        For a loop in one process, which can leave out fillers: the last step of an epoch may have fewer micro-batches.
+        """
         while True:
+            epoch, step = divmod(global_step, self.steps_per_epoch)
             self.set_epoch(epoch)
             order = [index for index in self if index != FILLER]
-            for start in range(skipped * self.rows_per_step, self.num_rows, self.rows_per_step):
-                yield order[start : start + self.rows_per_step]
-            epoch, skipped = epoch + 1, 0
+            for start in range(step * self.rows_per_step, len(order), self.rows_per_step):
+                rows = [self.dataset[index] for index in order[start : start + self.rows_per_step]]
+                batches = [collate(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
+                yield batches, sum(len(row["input_ids"]) for row in rows)
+                global_step += 1
 
 
 class DataCollator:
@@ -178,6 +196,12 @@ def pad(sequences: list[torch.Tensor], length: int, value: int) -> torch.Tensor:
     return torch.stack([torch.nn.functional.pad(ids, (0, length - len(ids)), value=value) for ids in sequences])
 
 
+def batches(dataset: TokenizedDataset, collate: DataCollator, batch_size: int):
+    """All rows in their order, for evaluation."""
+    for start in range(0, len(dataset), batch_size):
+        yield collate([dataset[index] for index in range(start, min(start + batch_size, len(dataset)))])
+
+
 def num_targets(batch: dict[str, torch.Tensor]) -> int:
     """Target tokens of a batch: what its summed loss is to be divided by."""
     return int((batch["labels"] != IGNORE_INDEX).sum())
@@ -213,3 +237,94 @@ def check_document_attention(model: torch.nn.Module, vocab_size: int) -> None:
             "the attention of this model crosses documents in one row; choose another "
             "--attn_implementation, or --padding_free False with a set that is not packed"
         )
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The folders checkpoint-<step>, complete or not, newest first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def complete_checkpoint(folder: Path, sampler: RowSampler, save_total_limit: int) -> None:
+    """Writes complete.json, which makes a checkpoint valid, and deletes the oldest complete ones beyond the limit."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
+    os.sync()  # a power cut must not leave complete.json beside files that never reached the disk
+    (folder / "complete.tmp").write_text(json.dumps({"row_order": sampler.identity, "files": files}, indent=2))
+    os.replace(folder / "complete.tmp", folder / "complete.json")
+    complete = [path for path in list_checkpoints(folder.parent) if (path / "complete.json").is_file()]
+    for outdated in complete[save_total_limit:]:
+        (outdated / "complete.json").unlink()  # first: a half-deleted checkpoint is not complete
+        shutil.rmtree(outdated)
+
+
+def find_damage(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None if every file is as it was when complete.json was written."""
+    if not (folder / "complete.json").is_file():
+        return "it has no complete.json, so it was never finished"
+    files = json.loads((folder / "complete.json").read_text())["files"]
+    damaged = [
+        name for name in files if not (folder / name).is_file() or sha256(folder / name) != files[name]["sha256"]
+    ]
+    return f"missing or damaged: {', '.join(damaged)}" if damaged else None
+
+
+def find_checkpoint(choice: str, output_dir: str, sampler: RowSampler) -> Path | None:
+    """The checkpoint to resume from, or None to start from the beginning.
+
+    Args:
+        choice: `True` for the newest complete one in `output_dir`, `False` for none, or a folder.
+
+    Raises:
+        ValueError: the folder is not complete, or its run saw rows in another order, so it could not be continued.
+    """
+    candidates = {"False": [], "True": list_checkpoints(output_dir)}.get(choice, [Path(choice)])
+    for folder in candidates:
+        damage = find_damage(folder)
+        if damage is None:
+            before = json.loads((folder / "complete.json").read_text())["row_order"]
+            if before != sampler.identity:
+                raise ValueError(f"{folder} was trained on other rows: {before}, now {sampler.identity}")
+            print(f"resuming from {folder}")
+            return folder
+        if choice != "True":
+            raise ValueError(f"{damage}; name a complete checkpoint, or True for the newest in --output_dir")
+        print(f"ignoring {folder}: {damage}")
+    if choice == "True":
+        print(f"no complete checkpoint in {output_dir}: starting from the beginning")
+    return None
+
+
+def set_former_run_aside(output_dir: Path) -> None:
+    """Renames a folder that holds a run, so that a new run neither overwrites it nor resumes from its checkpoints."""
+    if list_checkpoints(output_dir) or (output_dir / "run.json").is_file():
+        former = output_dir.rename(f"{output_dir}.{time.strftime('%Y%m%d-%H%M%S')}")
+        print(f"{output_dir} held a former run, which is now {former}")
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has held on its GPUs, or in host memory without one."""
+    on_gpus = [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())]
+    return sum(on_gpus) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_receipt(output_dir: str | Path, arguments: dict, sampler: RowSampler, facts: dict) -> None:
+    """Writes run.json, the last file of a run: what was run, on what, with which versions and data, and `facts`."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    packages = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+    receipt = {
+        "command": sys.argv,
+        "arguments": arguments,
+        "versions": {name: version(name) for name in packages},
+        "git_commit": git.stdout.strip() if git.returncode == 0 else None,
+        "dataset": sampler.dataset.ledger,
+        "row_order": sampler.identity,
+        **facts,
+    }
+    (Path(output_dir) / "run.tmp").write_text(json.dumps(receipt, indent=2, ensure_ascii=False), encoding="utf-8")
+    os.replace(Path(output_dir) / "run.tmp", Path(output_dir) / "run.json")
+    print(f"saved {output_dir}")

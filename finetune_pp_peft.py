@@ -288,15 +288,15 @@ def evaluate(args: Arguments, model, dataset: TokenizedDataset, device: torch.de
     return total / targets
 
 
-def train(args: Arguments, model, tokenizer, sampler, eval_dataset, checkpoint, device, bf16) -> int:
-    """Trains from the checkpoint, if any, until the last step; returns the number of tokens trained on."""
+def train(args: Arguments, model, tokenizer, sampler, eval_dataset, checkpoint, device, bf16) -> dict:
+    """Trains from the checkpoint, if any, until the last step; returns the state, which trainer_state.json keeps."""
     num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * sampler.steps_per_epoch)
     optimizer, lr_scheduler = make_optimizer(args, model, num_steps)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {"global_step": 0, "num_input_tokens_seen": 0, "log_history": []}
     if checkpoint:
         state = load_checkpoint(checkpoint, model, optimizer, lr_scheduler)
-    step, tokens_before = state["global_step"], state["num_input_tokens_seen"]
+    step, tokens = state["global_step"], state["num_input_tokens_seen"]
     writer = SummaryWriter(f"{args.output_dir}/runs", purge_step=step + 1) if args.report_to == "tensorboard" else None
     progress = tqdm(total=num_steps, initial=step, desc="training", unit="step")
     steps = sampler.steps(DataCollator(args.padding_free), args.per_device_train_batch_size, step)
@@ -316,18 +316,17 @@ def train(args: Arguments, model, tokenizer, sampler, eval_dataset, checkpoint, 
         if not math.isfinite(loss + grad_norm):
             sys.exit(f"error: step {step + 1} has loss {loss} and gradient norm {grad_norm}; the weights were not "
                      "updated and the last checkpoint is good; lower --learning_rate")  # fmt: skip
-        learning_rate = lr_scheduler.get_last_lr()[0]
+        step, tokens = step + 1, tokens + num_tokens
+        log = {"step": step, "epoch": step / sampler.steps_per_epoch, "loss": loss, "grad_norm": grad_norm}
+        log |= {"learning_rate": optimizer.param_groups[0]["lr"], "num_input_tokens_seen": tokens}
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad()
+        state |= {"global_step": step, "num_input_tokens_seen": tokens}
 
-        step = state["global_step"] = step + 1
-        state["num_input_tokens_seen"] += num_tokens
         speed, memory = num_tokens / (time.perf_counter() - started), data_collator.peak_memory() / 2**30
         progress.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} tokens/s, {memory:.1f} GiB")
         progress.update()
-        log = {"step": step, "epoch": step / sampler.steps_per_epoch, "loss": loss, "grad_norm": grad_norm}
-        log |= {"learning_rate": learning_rate, "num_input_tokens_seen": state["num_input_tokens_seen"]}
         if eval_dataset and (step % args.eval_steps == 0 or step == num_steps):
             log["eval_loss"] = evaluate(args, model, eval_dataset, device, bf16)
         if step % args.logging_steps == 0 or step == num_steps or "eval_loss" in log:
@@ -339,7 +338,7 @@ def train(args: Arguments, model, tokenizer, sampler, eval_dataset, checkpoint, 
     (Path(args.output_dir) / "trainer_state.json").write_text(json.dumps(state, indent=2))
     if writer:
         writer.close()
-    return state["num_input_tokens_seen"] - tokens_before
+    return state
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -399,11 +398,11 @@ def main() -> None:
     started, output_dir = time.perf_counter(), Path(args.output_dir)
     if not checkpoint:
         data_collator.set_former_run_aside(output_dir)
-    num_tokens = train(args, model, tokenizer, sampler, eval_dataset, checkpoint, devices[0], bf16)
+    state = train(args, model, tokenizer, sampler, eval_dataset, checkpoint, devices[0], bf16)
     save_model(model, tokenizer, output_dir)
     seconds = time.perf_counter() - started
     facts = {"devices": [str(device) for device in devices], "world_size": 1, "wall_time_seconds": seconds,
-             "tokens_per_second": num_tokens / seconds, "peak_memory_bytes": [data_collator.peak_memory()]}  # fmt: skip
+             "tokens_per_second": state["num_input_tokens_seen"] / seconds, "peak_memory_bytes": [data_collator.peak_memory()]}  # fmt: skip
     data_collator.write_receipt(output_dir, asdict(args), sampler, facts)
 
 

@@ -1,0 +1,338 @@
+"""Full fine-tuning in a plain PyTorch loop, one process, the decoder layers spread over all visible GPUs.
+
+Choose it to read, to debug step by step, or when the whole training state (16 bytes a parameter: float32 weights,
+gradients and AdamW's two moments) fits the GPUs of one machine together: the layers lie in contiguous blocks, so one
+GPU works at a time. On a machine without a GPU it runs on the CPU.
+
+    python finetune_pp.py
+    python finetune_pp.py --dataset_path data_sample/tokenized/instruct --num_train_epochs 3
+
+Writes into --output_dir: the model in Hugging Face's format and the tokenizer, checkpoint-<step>/ (valid only with
+complete.json), trainer_state.json (the loss curve), runs/ (TensorBoard) and last run.json (the receipt).
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, get_scheduler, set_seed
+
+import data_collator
+from data_collator import DataCollator, RowSampler, TokenizedDataset
+
+CHOICES = {
+    "lr_scheduler_type": ("cosine", "linear", "constant_with_warmup"),
+    "bf16": ("auto", "True", "False"),
+    "attn_implementation": ("auto", "sdpa", "eager", "flash_attention_2"),
+    "report_to": ("tensorboard", "none"),
+}
+MAY_BE_ZERO = ("warmup_steps", "weight_decay", "seed")
+
+
+def flag(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Arguments:
+    model_path: str = flag("models/SmolLM2-135M-Instruct", "folder or hub id of a decoder-only model")
+    dataset_path: str = flag("data_sample/tokenized/triage_train", "folder that tokenize_dataset.py wrote")
+    eval_dataset_path: str | None = flag(None, "another such folder, for the evaluation loss")
+    output_dir: str = flag("outputs/finetune_pp", "folder for all that the run leaves")
+    num_train_epochs: float = flag(1, "passes over the data")
+    max_steps: int = flag(-1, "optimizer steps; above 0 it overrides num_train_epochs")
+    per_device_train_batch_size: int = flag(8, "rows of one forward")
+    per_device_eval_batch_size: int = flag(8, "rows of one forward in evaluation")
+    gradient_accumulation_steps: int = flag(1, "forwards of one optimizer step")
+    learning_rate: float = flag(2e-5, "peak learning rate of AdamW")
+    lr_scheduler_type: str = flag("cosine", "cosine | linear | constant_with_warmup")
+    warmup_steps: float = flag(0.03, "steps of warm-up; below 1: a share of all steps")
+    weight_decay: float = flag(0.0, "AdamW's, never on norms and biases")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    logging_steps: int = flag(1, "log every so many optimizer steps")
+    eval_steps: int = flag(100, "evaluate every so many steps, and at the end")
+    save_steps: int = flag(100, "checkpoint every so many steps, and at the end")
+    save_total_limit: int = flag(2, "complete checkpoints that are kept")
+    seed: int = flag(42, "of the row order and dropout")
+    bf16: str = flag("auto", "auto: compute in bf16 where the hardware is fast at it | True | False")
+    padding_free: bool = flag(True, "join the rows of a batch instead of padding them")
+    gradient_checkpointing: bool = flag(False, "recompute activations: a third more work, much less memory")
+    attn_implementation: str = flag("auto", "auto | sdpa | eager | flash_attention_2")
+    torch_compile: bool = flag(False, "compile the model: minutes at first, then faster steps")
+    resume_from_checkpoint: str = flag("False", "True: the newest complete one in output_dir; or a checkpoint folder")
+    use_cpu: bool = flag(False, "leave the GPUs alone")
+    report_to: str = flag("tensorboard", "tensorboard | none")
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# What can go wrong is found here, before weights are loaded or anything is written
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def check_arguments(args: Arguments):
+    """Returns (config, tokenizer, row sampler, evaluation set or None, checkpoint to resume from or None).
+
+    Raises:
+        ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
+    """
+    mistakes = []
+
+    def attempt(name: str, action, *context):
+        value = getattr(args, name)
+        try:
+            return None if value is None else action(value, *context)
+        except (ValueError, OSError) as problem:
+            mistakes.append(f"--{name} {value}: {problem}")
+
+    for name, value in asdict(args).items():
+        is_number = type(value) in (int, float) and name != "max_steps"
+        if name in CHOICES and value not in CHOICES[name]:
+            mistakes.append(f"--{name} {value}: choose from {', '.join(CHOICES[name])}")
+        elif is_number and (value < 0 or (value == 0 and name not in MAY_BE_ZERO)):
+            mistakes.append(f"--{name} {value}: must be {'0 or above' if name in MAY_BE_ZERO else 'above 0'}")
+    folder = next(path for path in (Path(args.output_dir), *Path(args.output_dir).absolute().parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        mistakes.append(f"--output_dir {args.output_dir}: {folder} is no writable folder; choose another")
+    config, tokenizer = attempt("model_path", load_config) or (None, None)
+    dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer)
+    eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer)
+    if not mistakes:
+        sampler = RowSampler(dataset, args.per_device_train_batch_size * args.gradient_accumulation_steps, args.seed)
+        checkpoint = attempt("resume_from_checkpoint", data_collator.find_checkpoint, args.output_dir, sampler)
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return config, tokenizer, sampler, eval_dataset, checkpoint
+
+
+def load_config(path: str):
+    """Configuration and tokenizer of the model in folder `path` or on the hub."""
+    if not Path(path).is_dir() and path.startswith((".", "/", "~", "models/", "outputs/")):
+        raise FileNotFoundError("no such folder; bash scripts/quickstart.sh fetches the sample model")
+    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
+        raise FileNotFoundError("no .safetensors file in it; name the folder of a whole model")
+    return AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# The strategy: where each layer lies, and what is trained
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def make_skeleton(config):
+    """The model without weights: its names and shapes."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def place_layers(num_layers: int, num_devices: int) -> list[int]:
+    """Number of decoder layers on each device: contiguous blocks whose sizes differ by at most one.
+
+    The larger blocks go to the middle, because the first device also holds the embedding and the last one the head.
+    """
+    sizes = [num_layers // num_devices] * num_devices
+    for i in sorted(range(num_devices), key=lambda i: abs(2 * i + 1 - num_devices))[: num_layers % num_devices]:
+        sizes[i] += 1
+    return sizes
+
+
+def make_device_map(config, devices: list[torch.device]) -> dict[str, torch.device]:
+    """The device of each module by the model's own names; a tied head lies with the embedding."""
+    skeleton = make_skeleton(config)
+    modules = dict(skeleton.named_modules())
+    layers = [name for name, module in modules.items() if type(module).__name__ in skeleton._no_split_modules]
+    blocks = zip(devices, place_layers(len(layers), len(devices)), strict=True)
+    device_map = dict(zip(layers, [device for device, size in blocks for _ in range(size)], strict=True))
+    for name, module in modules.items():
+        if not name.startswith(tuple(layers)) and not list(module.children()):
+            tied_head = module is skeleton.get_output_embeddings() and config.tie_word_embeddings
+            on_first = module is skeleton.get_input_embeddings() or tied_head or not list(module.parameters())
+            device_map[name] = devices[0] if on_first else devices[-1]
+    return device_map
+
+
+def use_bf16(choice: str, device: torch.device) -> bool:
+    """bf16 where the hardware multiplies it fast; elsewhere it is tens of times slower than float32."""
+    is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device.type == "cuda":
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return choice == "True" or (choice == "auto" and is_fast)
+
+
+def load_model(args: Arguments, config, checkpoint: Path | None, devices: list[torch.device]) -> torch.nn.Module:
+    """The model in float32, whatever its files hold: in bf16 small steps would vanish."""
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint or args.model_path,
+        dtype=torch.float32,
+        device_map=make_device_map(config, devices) if len(devices) > 1 else {"": devices[0]},
+        attn_implementation=None if args.attn_implementation == "auto" else args.attn_implementation,
+        use_safetensors=True,
+    )
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.torch_compile:
+        model.compile()
+    return model
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Training
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(args: Arguments, model: torch.nn.Module, num_steps: int):
+    """AdamW in one fused kernel; warm-up, then the schedule. Vectors (norms and biases) are never decayed."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": args.weight_decay}
+    vectors = {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([matrices, vectors], lr=args.learning_rate, fused=True)
+    warmup_steps = math.ceil(args.warmup_steps * (num_steps if args.warmup_steps < 1 else 1))
+    return optimizer, get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, num_steps)
+
+
+def forward(model, batch: dict[str, torch.Tensor], device: torch.device, bf16: bool, num_items: int) -> torch.Tensor:
+    """The summed loss of a batch's targets, divided by `num_items`."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        # With a cache, transformers would not notice that a row holds several documents.
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        return model(**batch, num_items_in_batch=num_items, use_cache=False).loss
+
+
+@torch.no_grad()
+def evaluate(args: Arguments, model, dataset: TokenizedDataset, device: torch.device, bf16: bool) -> float:
+    """Loss per target token over the whole set."""
+    model.eval()
+    total, targets = 0.0, 0
+    for batch in data_collator.batches(dataset, DataCollator(args.padding_free), args.per_device_eval_batch_size):
+        total += forward(model, batch, device, bf16, 1).item()
+        targets += data_collator.num_targets(batch)
+    model.train()
+    return total / targets
+
+
+def train(args: Arguments, model, tokenizer, sampler, eval_dataset, checkpoint, device, bf16) -> dict:
+    """Trains from the checkpoint, if any, until the last step; returns the state, which trainer_state.json keeps."""
+    num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * sampler.steps_per_epoch)
+    optimizer, lr_scheduler = make_optimizer(args, model, num_steps)
+    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {"global_step": 0, "num_input_tokens_seen": 0, "log_history": []}
+    if checkpoint:
+        state = load_checkpoint(checkpoint, optimizer, lr_scheduler)
+    step, tokens = state["global_step"], state["num_input_tokens_seen"]
+    writer = SummaryWriter(f"{args.output_dir}/runs", purge_step=step + 1) if args.report_to == "tensorboard" else None
+    progress = tqdm(total=num_steps, initial=step, desc="training", unit="step")
+    steps = sampler.steps(DataCollator(args.padding_free), args.per_device_train_batch_size, step)
+    model.train()
+    while step < num_steps:
+        started = time.perf_counter()
+        micro_batches, num_tokens = next(steps)
+        # One division by the targets of the whole optimizer step: every target token weighs the same, however the
+        # step is cut into micro-batches.
+        targets = sum(data_collator.num_targets(batch) for batch in micro_batches)
+        loss = 0.0
+        for batch in micro_batches:
+            micro_loss = forward(model, batch, device, bf16, targets)
+            micro_loss.backward()
+            loss += micro_loss.item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm).item()
+        if not math.isfinite(loss + grad_norm):
+            sys.exit(f"error: step {step + 1} has loss {loss} and gradient norm {grad_norm}; the weights were not "
+                     "updated and the last checkpoint is good; lower --learning_rate")  # fmt: skip
+        step, tokens = step + 1, tokens + num_tokens
+        log = {"step": step, "epoch": step / sampler.steps_per_epoch, "loss": loss, "grad_norm": grad_norm}
+        log |= {"learning_rate": optimizer.param_groups[0]["lr"], "num_input_tokens_seen": tokens}
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        state |= {"global_step": step, "num_input_tokens_seen": tokens}
+
+        speed, memory = num_tokens / (time.perf_counter() - started), data_collator.peak_memory() / 2**30
+        progress.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} tokens/s, {memory:.1f} GiB")
+        progress.update()
+        if eval_dataset and (step % args.eval_steps == 0 or step == num_steps):
+            log["eval_loss"] = evaluate(args, model, eval_dataset, device, bf16)
+        if step % args.logging_steps == 0 or step == num_steps or "eval_loss" in log:
+            state["log_history"].append(log)
+            for name in log if writer else ():
+                writer.add_scalar(f"train/{name}", log[name], step)
+        if step % args.save_steps == 0 or step == num_steps:
+            save_checkpoint(args, model, tokenizer, optimizer, lr_scheduler, sampler, state)
+    (Path(args.output_dir) / "trainer_state.json").write_text(json.dumps(state, indent=2))
+    if writer:
+        writer.close()
+    return state
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Saving and resuming: a checkpoint is valid only with complete.json, which is written last
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def save_model(model, tokenizer, folder: Path) -> None:
+    """Writes model and tokenizer in Hugging Face's format; every tensor is read back, one at a time, and compared."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    trained, saved = model.state_dict(), set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            saved |= {name for name in file.keys() if torch.equal(file.get_tensor(name), trained[name].cpu())}  # noqa: SIM118
+    if unsaved := trained.keys() - saved - model.all_tied_weights_keys.keys():
+        raise OSError(f"{folder}: {', '.join(unsaved)} was not saved as it was trained")
+
+
+def save_checkpoint(args: Arguments, model, tokenizer, optimizer, lr_scheduler, sampler, state: dict) -> None:
+    folder = Path(args.output_dir) / f"checkpoint-{state['global_step']}"
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+    save_model(model, tokenizer, folder)
+    rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    parts = {"optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict(), "rng": rng}
+    torch.save(parts, folder / "training_state.pt")
+    (folder / "trainer_state.json").write_text(json.dumps(state, indent=2))
+    data_collator.complete_checkpoint(folder, sampler, args.save_total_limit)
+
+
+def load_checkpoint(folder: Path, optimizer, lr_scheduler) -> dict:
+    """Puts optimizer, schedule and random numbers back; returns the state. The weights are loaded by then."""
+    parts = torch.load(folder / "training_state.pt", weights_only=True)
+    optimizer.load_state_dict(parts["optimizer"])
+    lr_scheduler.load_state_dict(parts["lr_scheduler"])
+    torch.set_rng_state(parts["rng"]["cpu"])
+    torch.cuda.set_rng_state_all(parts["rng"]["cuda"])
+    return json.loads((folder / "trainer_state.json").read_text())
+
+
+def main() -> None:
+    parser = HfArgumentParser(Arguments, description=__doc__, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
+    try:
+        (args,) = parser.parse_args_into_dataclasses()
+        config, tokenizer, sampler, eval_dataset, checkpoint = check_arguments(args)
+    except ValueError as mistakes:
+        sys.exit(f"error: {mistakes}\n--help lists every flag with its default")
+    num_gpus = 0 if args.use_cpu else min(torch.cuda.device_count(), config.num_hidden_layers)
+    devices = [torch.device("cuda", i) for i in range(num_gpus)] or [torch.device("cpu")]
+    bf16 = use_bf16(args.bf16, devices[0])
+    set_seed(args.seed)
+    model = load_model(args, config, checkpoint, devices)
+    if args.padding_free or sampler.dataset.packed:
+        data_collator.check_document_attention(model, config.vocab_size)
+    started, output_dir = time.perf_counter(), Path(args.output_dir)
+    if not checkpoint:
+        data_collator.set_former_run_aside(output_dir)
+    state = train(args, model, tokenizer, sampler, eval_dataset, checkpoint, devices[0], bf16)
+    save_model(model, tokenizer, output_dir)
+    seconds = time.perf_counter() - started
+    facts = {"devices": [str(device) for device in devices], "world_size": 1, "wall_time_seconds": seconds,
+             "tokens_per_second": state["num_input_tokens_seen"] / seconds, "peak_memory_bytes": [data_collator.peak_memory()]}  # fmt: skip
+    data_collator.write_receipt(output_dir, asdict(args), sampler, facts)
+
+
+if __name__ == "__main__":
+    main()

@@ -37,7 +37,7 @@ CHOICES = {
     "attn_implementation": ("auto", "sdpa", "eager", "flash_attention_2"),
     "report_to": ("tensorboard", "none"),
 }
-MAY_BE_ZERO = ("mapping_hidden_dim", "warmup_steps", "weight_decay", "lora_dropout", "seed")
+LEAST = {"warmup_steps": 0, "weight_decay": 0, "lora_dropout": 0, "mapping_hidden_dim": 0, "seed": 0, "max_steps": -1}
 
 
 def flag(default, help: str):
@@ -104,11 +104,10 @@ def check_arguments(args: Arguments):
             mistakes.append(f"--{name} {value}: {problem}")
 
     for name, value in asdict(args).items():
-        is_number = type(value) in (int, float) and name != "max_steps"
         if name in CHOICES and value not in CHOICES[name]:
             mistakes.append(f"--{name} {value}: choose from {', '.join(CHOICES[name])}")
-        elif is_number and (value < 0 or (value == 0 and name not in MAY_BE_ZERO)):
-            mistakes.append(f"--{name} {value}: must be {'0 or above' if name in MAY_BE_ZERO else 'above 0'}")
+        elif type(value) in (int, float) and (value < LEAST.get(name, 0) or (value == 0 and name not in LEAST)):
+            mistakes.append(f"--{name} {value}: must be {f'at least {LEAST[name]}' if name in LEAST else 'above 0'}")
     folder = next(path for path in (Path(args.output_dir), *Path(args.output_dir).absolute().parents) if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         mistakes.append(f"--output_dir {args.output_dir}: {folder} is no writable folder; choose another")
@@ -288,15 +287,16 @@ def evaluate(args: Arguments, model, dataset: TokenizedDataset, device: torch.de
     return total / targets
 
 
-def train(args: Arguments, model, tokenizer, sampler, eval_dataset, checkpoint, device, bf16) -> dict:
-    """Trains from the checkpoint, if any, until the last step; returns the state, which trainer_state.json keeps."""
+def train(args: Arguments, model, tokenizer, sampler, eval_dataset, checkpoint, device, bf16) -> int:
+    """Trains from the checkpoint, if any, until the last step; returns the number of tokens that this took."""
     num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * sampler.steps_per_epoch)
     optimizer, lr_scheduler = make_optimizer(args, model, num_steps)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {"global_step": 0, "num_input_tokens_seen": 0, "log_history": []}
     if checkpoint:
         state = load_checkpoint(checkpoint, model, optimizer, lr_scheduler)
-    step, tokens = state["global_step"], state["num_input_tokens_seen"]
+    step = state["global_step"]
+    tokens = tokens_before = state["num_input_tokens_seen"]
     writer = SummaryWriter(f"{args.output_dir}/runs", purge_step=step + 1) if args.report_to == "tensorboard" else None
     progress = tqdm(total=num_steps, initial=step, desc="training", unit="step")
     steps = sampler.steps(DataCollator(args.padding_free), args.per_device_train_batch_size, step)
@@ -338,7 +338,7 @@ def train(args: Arguments, model, tokenizer, sampler, eval_dataset, checkpoint, 
     (Path(args.output_dir) / "trainer_state.json").write_text(json.dumps(state, indent=2))
     if writer:
         writer.close()
-    return state
+    return tokens - tokens_before
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -398,11 +398,11 @@ def main() -> None:
     started, output_dir = time.perf_counter(), Path(args.output_dir)
     if not checkpoint:
         data_collator.set_former_run_aside(output_dir)
-    state = train(args, model, tokenizer, sampler, eval_dataset, checkpoint, devices[0], bf16)
+    num_tokens = train(args, model, tokenizer, sampler, eval_dataset, checkpoint, devices[0], bf16)
     save_model(model, tokenizer, output_dir)
     seconds = time.perf_counter() - started
-    facts = {"devices": [str(device) for device in devices], "world_size": 1, "wall_time_seconds": seconds,
-             "tokens_per_second": state["num_input_tokens_seen"] / seconds, "peak_memory_bytes": [data_collator.peak_memory()]}  # fmt: skip
+    facts = {"devices": [str(device) for device in devices], "world_size": 1, "wall_time_seconds": seconds}
+    facts |= {"tokens_per_second": num_tokens / seconds, "peak_memory_bytes": [data_collator.peak_memory()]}
     data_collator.write_receipt(output_dir, asdict(args), sampler, facts)
 
 

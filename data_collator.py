@@ -59,7 +59,7 @@ class TokenizedDataset(Dataset):
             )
         self.path = Path(path)
         self.ledger = json.loads((self.path / "ledger.json").read_text(encoding="utf-8"))
-        self.table = load_from_disk(str(path)).with_format("numpy")
+        self.table = load_from_disk(str(path))
         missing = [name for name in ("input_ids", "labels") if name not in self.table.column_names]
         if missing:
             raise ValueError(
@@ -69,6 +69,8 @@ class TokenizedDataset(Dataset):
         if len(self.table) == 0:
             raise ValueError("it has no rows; its ledger.json says why each input row was dropped")
         self.packed = "position_ids" in self.table.column_names
+        columns = ["input_ids", "labels"] + ["position_ids"] * self.packed
+        self.table = self.table.select_columns(columns).with_format("numpy")
         if config:
             self._check_ids(config.vocab_size)
         if tokenizer and self.ledger.get("vocabulary_sha256", vocabulary_hash(tokenizer)) != vocabulary_hash(tokenizer):

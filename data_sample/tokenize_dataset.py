@@ -8,8 +8,9 @@ input, output; a JSON list or JSONL). The prompt is rendered with the tokenizer'
 with a plain template otherwise, and carries no loss unless --train_on_prompt True. Each row ends with exactly one EOS,
 which is a target, and begins with exactly one BOS where the tokenizer adds one.
 
-Writes a `datasets` folder with `input_ids`, `labels` (-100 where no loss) and, with --packing True, `position_ids`;
-and in it `ledger.json`: rows and tokens in = kept + lost for each reason, the template, and the tokenizer's hash.
+Writes a `datasets` folder with `input_ids`, `labels` (-100 where no loss) and, with --packing True, `position_ids`.
+Rows of `mcq` that are not packed also keep `options`, every option's completion, for tools/evaluate.py. `ledger.json`
+in it says: rows and tokens in = kept + lost for each reason, the template, and the tokenizer's hash.
 The folder appears under its name only when it is complete.
 """
 
@@ -80,15 +81,25 @@ def check_arguments(args: Arguments) -> None:
         and not (output.is_dir() and not any(output.iterdir()))
     ):
         mistakes.append(f"--output {output}: exists and is not a tokenized set; choose another folder")
+    else:
+        folder = next(path for path in output.absolute().parents if path.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            mistakes.append(f"--output {output}: {folder} is no writable folder; choose another")
     if mistakes:
         raise ValueError("\n".join(mistakes))
 
 
 def read_rows(path: str):
     """Yields (where, row) for each row of a JSONL file or a JSON list; `where` names file and line or row."""
-    text = Path(path).read_text(encoding="utf-8-sig")  # files from Windows begin with a BOM
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # files from Windows begin with a BOM
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{path}: not UTF-8 ({problem}); convert it, for example with iconv") from None
     if path.endswith(".json"):
-        rows = json.loads(text)
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as problem:
+            raise ValueError(f"{path}, line {problem.lineno}: not JSON ({problem})") from None
         if not isinstance(rows, list):
             raise ValueError(f"{path}: a JSON file holds a list of rows, this one holds a {type(rows).__name__}")
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
@@ -105,15 +116,16 @@ def check_row(row: dict, format: str, where: str) -> None:
     """Raises ValueError naming file, line and field of a row that does not have its format's shape."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a row is a JSON object, this is a {type(row).__name__}")
-    texts = (
-        ("sent1", "sent2", "ending0", "ending1", "ending2", "ending3") if format == "mcq" else ("instruction", "output")
-    )
-    for name in texts:
-        if not isinstance(row.get(name), str):
-            raise ValueError(f"{where}: field {name} is {'missing' if name not in row else 'not a text'}")
-    if format == "alpaca" and not isinstance(row.get("input", ""), str):
-        raise ValueError(f"{where}: field input is not a text")
     num_options = 5 if row.get("ending4") else 4
+    options = [f"ending{i}" for i in range(num_options)]
+    for name in ["sent1", "sent2", *options] if format == "mcq" else ["instruction", "output", "input"]:
+        text = row.get(name, "" if name == "input" else None)
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: field {name} is {'missing' if name not in row else 'not a text'}")
+        if name in options and not text.strip():
+            raise ValueError(f"{where}: field {name} is empty, so letters and label would not fit the options")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{where}: field {name} holds half a character (a lone surrogate), which has no UTF-8")
     if format == "mcq" and not (type(row.get("label")) is int and 0 <= row["label"] < num_options):
         raise ValueError(f"{where}: field label is {row.get('label')!r}, expected a number from 0 to {num_options - 1}")
 
@@ -142,11 +154,13 @@ def render_prompt(row: dict, template: dict) -> str:
     return template[name].format(instruction=row["instruction"], input=row.get("input", ""))
 
 
-def render_answer(row: dict, template: dict) -> str:
-    """The text that the model is to write: the right option's text or letter, or the output."""
-    if template["format"] == "mcq":
-        return "ABCDE"[row["label"]] if template["answer"] == "letter" else row[f"ending{row['label']}"]
-    return row["output"]
+def render_answers(row: dict, template: dict) -> list[str]:
+    """The texts that could be the answer, the right one first: an option's text or letter, or the output."""
+    if template["format"] == "alpaca":
+        return [row["output"]]
+    endings = [row[f"ending{i}"] for i in range(5) if row.get(f"ending{i}")]
+    answers = list("ABCDE"[: len(endings)]) if template["answer"] == "letter" else endings
+    return [answers.pop(row["label"]), *answers]
 
 
 def apply_template(tokenizer, prompt: str, answer: str, chat: bool) -> tuple[str, str]:
@@ -211,23 +225,26 @@ def tokenize(args: Arguments, tokenizer, template: dict) -> tuple[list[dict], di
     from tqdm import tqdm
 
     with_bos = adds_bos(tokenizer)
-    reasons = ("kept", "no_target", "too_long")
+    reasons = ("kept", "no_target", "special_token", "too_long")
     rows_of, tokens_of = dict.fromkeys(reasons, 0), dict.fromkeys(reasons, 0)
     rows = []
     for where, raw in tqdm(list(read_rows(args.input)), desc="tokenizing", unit="row"):
         check_row(raw, args.format, where)
-        answer = render_answer(raw, template)
-        prompt, completion = apply_template(tokenizer, render_prompt(raw, template), answer, template["chat"])
-        prompt_ids, completion_ids = encode(tokenizer, prompt, completion, with_bos)
-        input_ids = prompt_ids + completion_ids
-        if not answer.strip():
+        question, answers = render_prompt(raw, template), render_answers(raw, template)
+        texts = [apply_template(tokenizer, question, text, template["chat"]) for text in answers]
+        encoded = [encode(tokenizer, prompt, completion, with_bos) for prompt, completion in texts]
+        prompt_ids, options = encoded[0][0], [completion_ids for _, completion_ids in encoded]
+        input_ids = prompt_ids + options[0]
+        if not answers[0].strip():
             reason = "no_target"
+        elif any(token in text for token in tokenizer.all_special_tokens for text in (question, *answers)):
+            reason = "special_token"  # as in HTML's <s>struck out</s>, which would become BOS and EOS
         elif len(input_ids) > args.max_length:
             reason = "too_long"
         else:
             reason = "kept"
             masked = [] if args.train_on_prompt else [IGNORE_INDEX] * len(prompt_ids)
-            rows.append({"input_ids": input_ids, "labels": masked + input_ids[len(masked) :]})
+            rows.append({"input_ids": input_ids, "labels": masked + input_ids[len(masked) :], "options": options})
         rows_of[reason] += 1
         tokens_of[reason] += len(input_ids)
     ledger = {
@@ -258,13 +275,16 @@ def write(rows: list[dict], ledger: dict, output: Path) -> None:
     """Writes the set beside `output` and renames it into place, so that a kill leaves nothing half-written."""
     from datasets import Dataset, Features, Sequence, Value
 
-    names = ["input_ids", "labels"] + (["position_ids"] if ledger["packing"] else [])
-    features = Features({name: Sequence(Value("int32")) for name in names})
+    features = {"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32"))}
+    if ledger["packing"]:
+        features["position_ids"] = Sequence(Value("int32"))
+    elif ledger["format"] == "mcq":
+        features["options"] = Sequence(Sequence(Value("int32")))  # the right one first
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
-        columns = {name: [row[name] for row in rows] for name in names}
-        Dataset.from_dict(columns, features=features).save_to_disk(staging / "set")
+        columns = {name: [row[name] for row in rows] for name in features}
+        Dataset.from_dict(columns, features=Features(features)).save_to_disk(staging / "set")
         digest = hashlib.sha256()
         for file in sorted((staging / "set").glob("*.arrow")):
             digest.update(file.read_bytes())
@@ -278,19 +298,25 @@ def write(rows: list[dict], ledger: dict, output: Path) -> None:
 
 
 def print_ledger(ledger: dict, output: Path) -> None:
-    print(f"{'':12}{'rows':>10}{'tokens':>12}")
+    print(f"{'':14}{'rows':>10}{'tokens':>12}")
     for reason in ledger["rows"]:
-        print(f"{reason:12}{ledger['rows'][reason]:>10,}{ledger['tokens'][reason]:>12,}")
+        print(f"{reason:14}{ledger['rows'][reason]:>10,}{ledger['tokens'][reason]:>12,}")
     print(f"{ledger['targets']:,} target tokens in {ledger['rows_written']:,} written rows: {output}")
 
 
 def main() -> None:
     from transformers import AutoTokenizer, HfArgumentParser
 
-    (args,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
+    parser = HfArgumentParser(Arguments, description=__doc__, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
     try:
+        (args,) = parser.parse_args_into_dataclasses()
         check_arguments(args)
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_path)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_path)
+        except (ValueError, OSError) as problem:
+            raise ValueError(
+                f"--tokenizer_path {args.tokenizer_path}: no tokenizer can be loaded ({problem})"
+            ) from None
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 f"--tokenizer_path {args.tokenizer_path}: it has no EOS token, so a model trained on its "

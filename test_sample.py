@@ -58,8 +58,8 @@ def check_arguments(args: Arguments) -> tuple[list[dict], dict]:
     if args.peft_path is None and args.model_path is None:
         args.peft_path = find_newest_adapter()
         if args.peft_path is None:
-            mistakes.append("--peft_path: no finished adapter below outputs/; train one with python finetune_pp_peft.py, "
-                            "or name a model without an adapter with --model_path")  # fmt: skip
+            mistakes.append("--peft_path: no finished adapter below outputs/; train one with python "
+                            "finetune_pp_peft.py, or name a model without an adapter with --model_path")  # fmt: skip
     if args.peft_path and not (Path(args.peft_path) / "adapter_config.json").is_file():
         mistakes.append(f"--peft_path {args.peft_path}: no adapter_config.json in it; name the folder of an adapter")
     elif args.peft_path and args.model_path is None:
@@ -77,8 +77,8 @@ def check_arguments(args: Arguments) -> tuple[list[dict], dict]:
         ledger = json.loads(Path(args.template_path).read_text(encoding="utf-8"))
         template = ledger.get("dataset", ledger)["template"]
     except (OSError, ValueError, KeyError):
-        mistakes.append(f"--template_path {args.template_path}: no template in it; data_sample/tokenize_dataset.py writes "
-                        "one into ledger.json, training into run.json")  # fmt: skip
+        mistakes.append(f"--template_path {args.template_path}: no template in it; data_sample/tokenize_dataset.py "
+                        "writes one into ledger.json, training into run.json")  # fmt: skip
     try:
         text = Path(args.test_path).read_text(encoding="utf-8-sig")
         rows = (

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# From a fresh clone to a better model: environment, sample model, data, training, and what it gained.
+# Linux, Python 3.11+; 2 CPU cores and 6 GB of memory are enough, a GPU is used if there is one.
+# A step whose result is complete is skipped; an interrupted one is done again.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+
+model=models/SmolLM2-135M-Instruct
+run=outputs/finetune_pp_peft
+results=outputs/quickstart
+
+install
+python=.venv/bin/python
+export TRANSFORMERS_VERBOSITY=${TRANSFORMERS_VERBOSITY:-error} PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
+
+log "model: $model"
+$python tools/get_sample_model.py
+
+for split in train test; do
+  log "data: data_sample/tokenized/triage_$split"
+  if [ -f "data_sample/tokenized/triage_$split/ledger.json" ]; then
+    echo "already there"
+  else
+    $python data_sample/tokenize_dataset.py --format mcq --input "data_sample/triage_$split.jsonl" \
+      --tokenizer_path "$model" --output "data_sample/tokenized/triage_$split"
+  fi
+done
+
+log "training: python finetune_pp_peft.py"
+if [ -f "$run/run.json" ]; then
+  echo "$run is already there"
+else
+  $python finetune_pp_peft.py
+fi
+
+log "evaluation on questions that training never saw"
+[ -f "$results/base.json" ] || $python tools/evaluate.py --output "$results/base.json"
+# run.json is a run's last file, so an older result belongs to a former run.
+[ "$results/tuned.json" -nt "$run/run.json" ] ||
+  $python tools/evaluate.py --peft_path "$run" --output "$results/tuned.json"
+$python test_sample.py --num_samples 1 --model_path "$model" >"$results/base.txt" 2>/dev/null
+$python test_sample.py --num_samples 1 --peft_path "$run" >"$results/tuned.txt" 2>/dev/null
+$python tools/show_gain.py "$results"
+log "done in $((SECONDS / 60)) min $((SECONDS % 60)) s; next: python test_sample.py, and README.md for the other strategies"

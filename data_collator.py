@@ -59,15 +59,16 @@ class TokenizedDataset(Dataset):
             )
         self.path = Path(path)
         self.ledger = json.loads((self.path / "ledger.json").read_text(encoding="utf-8"))
-        self.table = load_from_disk(str(path))
+        # load_from_disk fails on a set that was saved without rows.
+        self.table = load_from_disk(str(path)) if any(self.path.glob("*.arrow")) else []
+        if len(self.table) == 0:
+            raise ValueError("it has no rows; its ledger.json says why each input row was dropped")
         missing = [name for name in ("input_ids", "labels") if name not in self.table.column_names]
         if missing:
             raise ValueError(
                 f"no column {' and '.join(missing)} (columns: {', '.join(self.table.column_names)}); "
                 "make it with python data_sample/tokenize_dataset.py"
             )
-        if len(self.table) == 0:
-            raise ValueError("it has no rows; its ledger.json says why each input row was dropped")
         self.packed = "position_ids" in self.table.column_names
         columns = ["input_ids", "labels"] + ["position_ids"] * self.packed
         self.table = self.table.select_columns(columns).with_format("numpy")
@@ -268,10 +269,12 @@ def find_damage(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, or None if every file is as it was when complete.json was written."""
     if not (folder / "complete.json").is_file():
         return "it has no complete.json, so it was never finished"
-    files = json.loads((folder / "complete.json").read_text())["files"]
-    damaged = [
-        name for name in files if not (folder / name).is_file() or sha256(folder / name) != files[name]["sha256"]
-    ]
+    try:
+        complete = json.loads((folder / "complete.json").read_text())
+        hashes = {name: file["sha256"] for name, file in complete["files"].items()}
+    except (ValueError, TypeError, KeyError):
+        return "its complete.json is damaged"
+    damaged = [name for name in hashes if not (folder / name).is_file() or sha256(folder / name) != hashes[name]]
     return f"missing or damaged: {', '.join(damaged)}" if damaged else None
 
 
@@ -288,7 +291,7 @@ def find_checkpoint(choice: str, output_dir: str, sampler: RowSampler) -> Path |
     for folder in candidates:
         damage = find_damage(folder)
         if damage is None:
-            before = json.loads((folder / "complete.json").read_text())["row_order"]
+            before = json.loads((folder / "complete.json").read_text()).get("row_order")
             if before != sampler.identity:
                 raise ValueError(f"{folder} was trained on other rows: {before}, now {sampler.identity}")
             print(f"resuming from {folder}")

@@ -1,4 +1,4 @@
-"""The shipped sample data: its shape and balance, and that neither wording nor a near-copy in training tells answers."""
+"""The shipped sample data: shape and balance, and that neither wording nor a near-copy in training tells answers."""
 
 import json
 import re

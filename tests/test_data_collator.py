@@ -1,0 +1,580 @@
+"""The shared module: reading a set, row order, collation, attention inside documents, checkpoints."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tokenizer, random_rows, save_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from data_collator import (
+    FILLER,
+    IGNORE_INDEX,
+    DataCollator,
+    RowSampler,
+    TokenizedDataset,
+    batches,
+    check_document_attention,
+    complete_checkpoint,
+    find_checkpoint,
+    find_damage,
+    list_checkpoints,
+    num_targets,
+    set_former_run_aside,
+    vocabulary_hash,
+    write_receipt,
+)
+
+few_examples = settings(deadline=None, max_examples=60)
+both_attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Reading a set
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    rows = random_rows(5)
+    dataset = TokenizedDataset(save_rows(rows, tmp_path / "set"))
+    assert len(dataset) == 5 and not dataset.packed
+    assert [{name: ids.tolist() for name, ids in dataset[i].items()} for i in range(5)] == rows
+    assert {ids.dtype for ids in dataset[0].values()} == {torch.int64}
+
+
+def test_columns_of_other_programs_are_not_handed_to_the_model(tmp_path):
+    rows = [row | {"options": row["input_ids"]} for row in random_rows(2)]
+    assert set(TokenizedDataset(save_rows(rows, tmp_path / "set"))[0]) == {"input_ids", "labels"}
+
+
+def test_a_filler_has_one_token_and_no_target(tmp_path):
+    dataset = TokenizedDataset(save_rows(random_rows(2), tmp_path / "rows"))
+    assert {name: ids.tolist() for name, ids in dataset[FILLER].items()} == {"input_ids": [0], "labels": [IGNORE_INDEX]}
+    packed = TokenizedDataset(save_rows(pack([random_rows(2)]), tmp_path / "packed"))
+    assert packed.packed
+    assert packed[FILLER]["position_ids"].tolist() == [0]
+    assert packed[FILLER].keys() == packed[0].keys()
+
+
+def test_a_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder; make it with .*tokenize_dataset.py"):
+        TokenizedDataset(tmp_path / "none")
+
+
+def test_a_set_that_was_not_finished_is_an_error(tmp_path):
+    (save_rows(random_rows(2), tmp_path / "set") / "ledger.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no ledger.json"):
+        TokenizedDataset(tmp_path / "set")
+
+
+@pytest.mark.parametrize("missing", ["input_ids", "labels"])
+def test_a_missing_column_is_named(tmp_path, missing):
+    rows = [{"text" if name == missing else name: ids for name, ids in row.items()} for row in random_rows(2)]
+    with pytest.raises(ValueError, match=f"no column {missing} .*text"):
+        TokenizedDataset(save_rows(rows, tmp_path / "set"))
+
+
+def test_a_set_without_rows_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no rows"):
+        TokenizedDataset(save_rows([], tmp_path / "set"))
+
+
+@pytest.mark.parametrize("wrong_id", [300, 2**31 - 1, -1])
+def test_an_id_outside_the_vocabulary_is_an_error(tmp_path, wrong_id):
+    rows = random_rows(3)
+    rows[1]["input_ids"][-1] = wrong_id
+    folder = save_rows(rows, tmp_path / "set")
+    with pytest.raises(ValueError, match=f"{wrong_id} .*vocabulary of 300"):
+        TokenizedDataset(folder, LlamaConfig(vocab_size=300))
+
+
+def test_the_last_id_of_the_vocabulary_is_accepted(tmp_path):
+    rows = random_rows(3)
+    rows[1]["input_ids"][:2] = [0, 299]
+    assert len(TokenizedDataset(save_rows(rows, tmp_path / "set"), LlamaConfig(vocab_size=300))) == 3
+
+
+def test_a_set_made_with_another_tokenizer_is_an_error(tmp_path):
+    tokenizer, other = make_tokenizer(), make_tokenizer()
+    other.add_tokens(["<another>"])
+    folder = save_rows(random_rows(2), tmp_path / "set", {"vocabulary_sha256": vocabulary_hash(tokenizer)})
+    assert len(TokenizedDataset(folder, tokenizer=tokenizer)) == 2
+    with pytest.raises(ValueError, match="another tokenizer"):
+        TokenizedDataset(folder, tokenizer=other)
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# The order of rows
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def order(num_rows: int, rows_per_step: int = 1, seed: int = 42, epoch: int = 0) -> list[int]:
+    sampler = RowSampler(range(num_rows), rows_per_step, seed)
+    sampler.set_epoch(epoch)
+    assert len(list(sampler)) == len(sampler)
+    return list(sampler)
+
+
+def test_the_order_is_given_by_seed_and_epoch_alone():
+    torch.manual_seed(1), np.random.seed(1)
+    assert order(10) == [5, 6, 0, 7, 3, 2, 4, 9, 1, 8]  # the same on every machine, or a run could not move
+    assert order(10, rows_per_step=5) == order(10)
+    assert len({tuple(order(50, seed=seed, epoch=epoch)) for seed in range(5) for epoch in range(5)}) == 25
+
+
+@few_examples
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 2**32), st.integers(0, 1000))
+def test_every_row_comes_once_an_epoch_and_fillers_only_at_the_end(num_rows, rows_per_step, seed, epoch):
+    indices = order(num_rows, rows_per_step, seed, epoch)
+    assert sorted(indices[:num_rows]) == list(range(num_rows))
+    assert indices[num_rows:] == [FILLER] * (-num_rows % rows_per_step)
+    assert len(indices) % rows_per_step == 0
+
+
+def flatten(step) -> list:
+    micro_batches, num_tokens = step
+    return [num_tokens, [{name: values.tolist() for name, values in batch.items()} for batch in micro_batches]]
+
+
+@few_examples
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 5), st.integers(0, 30), st.integers(0, 9))
+def test_steps_from_any_step_are_the_tail_of_all_steps(num_rows, rows_per_step, batch_size, start, seed):
+    rows = [{name: torch.tensor(ids) for name, ids in row.items()} for row in random_rows(num_rows, shortest=2)]
+
+    def steps(first: int):
+        return RowSampler(rows, rows_per_step, seed).steps(DataCollator(padding_free=False), batch_size, first)
+
+    everything = steps(0)
+    for _ in range(start):
+        next(everything)
+    resumed = steps(start)
+    for _ in range(4):
+        assert flatten(next(resumed)) == flatten(next(everything))
+
+
+def test_an_epoch_of_steps_holds_every_row_once_without_fillers():
+    rows = [{"input_ids": torch.full((3,), i), "labels": torch.full((3,), i)} for i in range(7)]
+    sampler = RowSampler(rows, rows_per_step=4, seed=0)
+    steps = sampler.steps(DataCollator(padding_free=False), batch_size=2)
+    epochs = [[next(steps) for _ in range(sampler.steps_per_epoch)] for _ in range(2)]
+    seen = [[i for micro, _ in epoch for batch in micro for i in batch["input_ids"][:, 0].tolist()] for epoch in epochs]
+    assert [[len(micro) for micro, _ in epoch] for epoch in epochs] == [[2, 2], [2, 2]]
+    assert [[num_tokens for _, num_tokens in epoch] for epoch in epochs] == [[12, 9], [12, 9]]
+    assert sorted(seen[0]) == sorted(seen[1]) == list(range(7))
+    assert seen[0] != seen[1]
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Collation
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def tensors(rows: list[dict]) -> list[dict]:
+    return [{name: torch.tensor(ids) for name, ids in row.items()} for row in rows]
+
+
+def pack(groups: list[list[dict]]) -> list[dict]:
+    """One packed row of each group of documents."""
+    return [
+        {name: [i for row in group for i in row[name]] for name in ("input_ids", "labels")}
+        | {"position_ids": [i for row in group for i in range(len(row["input_ids"]))]}
+        for group in groups
+    ]
+
+
+def make_documents(num_documents: int = 7, seed: int = 3) -> list[dict]:
+    """Documents of unequal length; in every other one each token is labelled, as with --train_on_prompt True."""
+    documents = random_rows(num_documents, seed)
+    return [row | {"labels": list(row["input_ids"])} if i % 2 else row for i, row in enumerate(documents)]
+
+
+def collate(form: str, documents: list[dict]) -> list[dict[str, torch.Tensor]]:
+    """The batches of the documents in each form that training knows."""
+    if form == "one by one":
+        return [DataCollator(padding_free=False)([row]) for row in tensors(documents)]
+    if form.startswith("packed"):
+        documents = pack([documents[:1], documents[1:4], documents[4:]])
+    return [DataCollator(padding_free=form.endswith("padding-free"))(tensors(documents))]
+
+
+FORMS = ["padded", "padding-free", "packed, padded", "packed, padding-free"]
+
+
+def targets_with_context(batch: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
+    """For each target of a batch: the tokens of its document before it, as far as positions tell, and itself."""
+    found = []
+    for row, labels in enumerate(batch["labels"]):
+        for at in torch.nonzero(labels[1:] != IGNORE_INDEX).flatten() + 1:
+            first = at - 1 - batch["position_ids"][row, at - 1] if "position_ids" in batch else 0
+            found.append((*batch["input_ids"][row, first:at].tolist(), int(labels[at])))
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_has_the_same_targets_behind_the_same_tokens(form):
+    documents = make_documents()
+    expected = [
+        (*row["input_ids"][:at], row["labels"][at])
+        for row in documents
+        for at in range(1, len(row["labels"]))
+        if row["labels"][at] != IGNORE_INDEX
+    ]
+    (batch,) = collate(form, documents)
+    assert targets_with_context(batch) == expected
+    assert num_targets(batch) == len(expected)
+    if "shift_labels" in batch:
+        assert batch["shift_labels"].tolist() == [[target[-1] for target in expected]]
+        assert batch["input_ids"][0, batch["logits_to_keep"]].tolist() == [target[-2] for target in expected]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_first_token_of_a_document_is_never_a_target(form):
+    documents = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]} for _ in range(5)]
+    (batch,) = collate(form, documents)
+    assert num_targets(batch) == 5 * 2
+    assert (batch["labels"] != 5).all()
+
+
+def test_padding_free_wastes_no_position_and_restarts_positions():
+    documents = tensors([{"input_ids": list(range(n)), "labels": list(range(n))} for n in (3, 1, 4)])
+    batch = DataCollator(padding_free=True)(documents)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 2, 3]]
+    assert batch["input_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 2, 3]]
+    assert batch["labels"].tolist() == [[-100, 1, 2, -100, -100, 1, 2, 3]]
+    assert batch["logits_to_keep"].tolist() == [0, 1, 4, 5, 6]
+    assert batch["shift_labels"].tolist() == [[1, 2, 1, 2, 3]]
+    assert "attention_mask" not in batch  # with one, transformers would not look for joined documents
+
+
+def test_masks_come_from_lengths_even_where_tokens_look_like_padding():
+    rows = tensors([{"input_ids": [0, 2, 0, 2], "labels": [0, 2, 0, 2]}, {"input_ids": [0, 2], "labels": [-100, 2]}])
+    batch = DataCollator(padding_free=False)(rows)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 2, 0, 2], [-100, 2, -100, -100]]
+    assert batch["input_ids"].tolist() == [[0, 2, 0, 2], [0, 2, 0, 0]]
+    batch = DataCollator(padding_free=True)(rows)
+    assert batch["shift_labels"].tolist() == [[2, 0, 2, 2]]
+
+
+def test_padding_of_a_packed_row_is_a_document_of_its_own():
+    documents = [{"input_ids": ids, "labels": ids} for ids in ([1, 2, 3], [4, 5], [6, 7])]
+    batch = DataCollator(padding_free=False)(tensors(pack([documents[:2], documents[2:]])))
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
+    assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5], [-100, 7, -100, -100, -100]]
+    assert "attention_mask" not in batch
+
+
+def test_evaluation_sees_all_rows_in_their_order():
+    rows = tensors(random_rows(7))
+    sizes_and_rows = [(len(batch["input_ids"]), batch) for batch in batches(rows, DataCollator(padding_free=False), 3)]
+    assert [size for size, _ in sizes_and_rows] == [3, 3, 1]
+    seen = [ids[mask == 1] for _, b in sizes_and_rows for ids, mask in zip(*map(b.get, NAMES), strict=True)]
+    assert all(torch.equal(ids, row["input_ids"]) for ids, row in zip(seen, rows, strict=True))
+
+
+NAMES = ("input_ids", "attention_mask")
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# What the model makes of a batch
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path, attention: str = "sdpa", dtype: torch.dtype = torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+
+
+def summed_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss in the model's own precision: transformers computes it in float32."""
+    logits = model(**batch, use_cache=False).logits
+    if "shift_labels" in batch:
+        targets = batch["shift_labels"]
+    else:
+        logits, targets = logits[:, :-1], batch["labels"][:, 1:]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def loss_and_gradients(model, form: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = sum(summed_loss(model, batch) for batch in collate(form, make_documents()))
+    loss.backward()
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("attention", "tolerance"), [("sdpa", 1e-10), ("eager", 1e-5)])  # eager's softmax is float32
+def test_every_form_gives_the_loss_and_gradients_of_the_documents_one_by_one(tiny_model, attention, tolerance):
+    model = load(tiny_model, attention, torch.float64)
+    expected_loss, expected = loss_and_gradients(model, "one by one")
+    for form in FORMS:
+        loss, gradients = loss_and_gradients(model, form)
+        assert abs(loss - expected_loss) <= tolerance * expected_loss, form
+        assert gradients.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (gradients[name] - gradient).norm() <= tolerance * gradient.norm(), (form, name)
+            assert gradient.norm() > 0, name
+
+
+def test_the_loss_that_transformers_computes_is_the_same_in_every_form(tiny_model):
+    model, documents = load(tiny_model), make_documents()
+    alone = collate("one by one", documents)
+    targets = sum(map(num_targets, alone))
+    expected = sum(model(**batch, num_items_in_batch=targets, use_cache=False).loss.item() for batch in alone)
+    for form in FORMS:
+        (batch,) = collate(form, documents)
+        loss = model(**batch, num_items_in_batch=targets, use_cache=False).loss.item()
+        assert loss == pytest.approx(expected, rel=1e-6), form
+
+
+def logits_of_documents(model, form: str, documents: list[dict]) -> list[torch.Tensor]:
+    (batch,) = collate(form, documents)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits
+    lengths = [len(row["input_ids"]) for row in documents]
+    if form == "padded":
+        return [row[:length] for row, length in zip(logits, lengths, strict=True)]
+    if form == "packed, padded":
+        rows = [lengths[:1], lengths[1:4], lengths[4:]]
+        return [part for row, sizes in zip(logits, rows, strict=True) for part in row[: sum(sizes)].split(sizes)]
+    return list(logits[0].split(lengths))
+
+
+@both_attentions
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_documents_do_not_see_each_other(tiny_model, form, attention):
+    model, documents = load(tiny_model, attention), make_documents()
+    before = logits_of_documents(model, form, documents)
+    assert len(before) == 7
+    for changed in range(7):
+        others = copy.deepcopy(documents)
+        others[changed]["input_ids"][0] = others[changed]["input_ids"][0] % 290 + 5
+        after = logits_of_documents(model, form, others)
+        moved = [i for i in range(7) if not torch.equal(before[i], after[i])]
+        assert moved == [changed]
+
+
+@both_attentions
+def test_padding_tokens_are_never_attended_to(tiny_model, attention):
+    model, documents = load(tiny_model, attention), tensors(make_documents(2))
+    for rows in (documents, tensors(pack([make_documents(3), make_documents(1)]))):
+        batch = DataCollator(padding_free=False)(rows)
+        del batch["labels"]
+        real = [slice(len(row["input_ids"])) for row in rows]
+        logits = []
+        for padding in (0, 2, 77):
+            for ids, used in zip(batch["input_ids"], real, strict=True):
+                ids[used.stop :] = padding
+            with torch.no_grad():
+                output = model(**batch, use_cache=False).logits
+            logits.append(torch.cat([row[used] for row, used in zip(output, real, strict=True)]))
+        assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+@both_attentions
+def test_the_attention_check_passes_for_llama(tiny_model, attention):
+    model = load(tiny_model, attention).train()
+    check_document_attention(model, 300)
+    assert model.training
+
+
+class IgnoresPositions(LlamaForCausalLM):
+    """Drops `position_ids`, as a model that was written without packed rows in mind does."""
+
+    def forward(self, input_ids, position_ids=None, **inputs):
+        return super().forward(input_ids, **inputs)
+
+
+class SeesNothing(LlamaForCausalLM):
+    """Gives the same logits whatever it reads: such a model cannot show that it keeps documents apart."""
+
+    def forward(self, input_ids, **inputs):
+        return super().forward(torch.zeros_like(input_ids), **inputs)
+
+
+@pytest.mark.parametrize("defect", [IgnoresPositions, SeesNothing])
+def test_the_attention_check_finds_a_model_that_ignores_its_input(tiny_model, defect):
+    model = defect.from_pretrained(tiny_model).train()
+    with pytest.raises(ValueError, match="crosses documents.*--attn_implementation"):
+        check_document_attention(model, 300)
+    assert model.training
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_fillers_alone_give_loss_zero_and_a_valid_backward(tiny_model, tmp_path, padding_free, packed):
+    rows = pack([random_rows(2)]) if packed else random_rows(2)
+    dataset = TokenizedDataset(save_rows(rows, tmp_path / "set"))
+    model = load(tiny_model)
+    batch = DataCollator(padding_free)([dataset[FILLER]] * 3)
+    loss = model(**batch, num_items_in_batch=5, use_cache=False).loss
+    loss.backward()
+    assert num_targets(batch) == 0
+    assert loss.item() == 0
+    assert all(parameter.grad.abs().max() == 0 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_fillers_beside_rows_change_neither_loss_nor_gradients(tiny_model, tmp_path, padding_free):
+    dataset = TokenizedDataset(save_rows(random_rows(2), tmp_path / "set"))
+    model, results = load(tiny_model, dtype=torch.float64), []
+    for indices in ([0, 1], [0, 1, FILLER], [0, FILLER, 1]):
+        model.zero_grad()
+        loss = summed_loss(model, DataCollator(padding_free)([dataset[i] for i in indices]))
+        loss.backward()
+        results.append(torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())]))
+    for result in results[1:]:
+        assert (result - results[0]).norm() <= 1e-12 * results[0].norm()
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Checkpoints and receipts
+# -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sampler(tiny_set):
+    return RowSampler(TokenizedDataset(tiny_set), rows_per_step=8, seed=42)
+
+
+def save_checkpoint(output_dir: Path, step: int, sampler: RowSampler | None, save_total_limit: int = 9) -> Path:
+    """A checkpoint; without sampler one that was killed before complete.json."""
+    folder = output_dir / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "weights.safetensors").write_bytes(bytes(range(256)) * step)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    if sampler:
+        complete_checkpoint(folder, sampler, save_total_limit)
+    return folder
+
+
+def test_a_complete_checkpoint_has_no_damage_and_lists_every_file(tmp_path, sampler):
+    folder = save_checkpoint(tmp_path, 3, sampler)
+    assert find_damage(folder) is None
+    complete = json.loads((folder / "complete.json").read_text())
+    assert {name: entry["bytes"] for name, entry in complete["files"].items()} == {
+        "trainer_state.json": len('{"global_step": 3}'),
+        "weights.safetensors": 3 * 256,
+    }
+    assert complete["row_order"] == sampler.identity
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["complete.json", *complete["files"]])
+
+
+def test_the_newest_checkpoint_is_chosen_by_number(tmp_path, sampler):
+    for step in (20, 100, 3):
+        save_checkpoint(tmp_path, step, sampler)
+    (tmp_path / "checkpoint-final").mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-20", "checkpoint-3"]
+    assert find_checkpoint("True", str(tmp_path), sampler) == tmp_path / "checkpoint-100"
+
+
+def test_a_checkpoint_without_its_mark_is_named_and_ignored(tmp_path, sampler, capsys):
+    save_checkpoint(tmp_path, 20, sampler)
+    unfinished = save_checkpoint(tmp_path, 100, None)
+    assert find_checkpoint("True", str(tmp_path), sampler) == tmp_path / "checkpoint-20"
+    assert f"ignoring {unfinished}: it has no complete.json" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no complete.json.*name a complete checkpoint"):
+        find_checkpoint(str(unfinished), str(tmp_path), sampler)
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_damaged_file_is_found_and_the_checkpoint_before_it_is_used(tmp_path, sampler, capsys, damage):
+    save_checkpoint(tmp_path, 20, sampler)
+    folder = save_checkpoint(tmp_path, 100, sampler)
+    damage(folder / "weights.safetensors")
+    assert find_damage(folder) == "missing or damaged: weights.safetensors"
+    assert find_checkpoint("True", str(tmp_path), sampler) == tmp_path / "checkpoint-20"
+    assert f"ignoring {folder}: missing or damaged: weights.safetensors" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="weights.safetensors"):
+        find_checkpoint(str(folder), str(tmp_path), sampler)
+
+
+@pytest.mark.parametrize("content", ["", '{"row_order": {}, "fi', "[]", "{}"])
+def test_a_damaged_mark_is_damage_and_not_a_crash(tmp_path, sampler, content):
+    save_checkpoint(tmp_path, 20, sampler)
+    folder = save_checkpoint(tmp_path, 100, sampler)
+    (folder / "complete.json").write_text(content)
+    assert find_damage(folder) == "its complete.json is damaged"
+    assert find_checkpoint("True", str(tmp_path), sampler) == tmp_path / "checkpoint-20"
+
+
+def test_no_flipped_byte_of_the_mark_makes_a_crash(tmp_path, sampler):
+    folder = save_checkpoint(tmp_path, 2, sampler)
+    mark = (folder / "complete.json").read_bytes()
+    outcomes = set()
+    for at in range(len(mark)):
+        (folder / "complete.json").write_bytes(mark[:at] + bytes([mark[at] ^ 1]) + mark[at + 1 :])
+        try:
+            outcomes.add(find_checkpoint(str(folder), str(tmp_path), sampler))
+        except ValueError as refused:
+            outcomes.add(next(word for word in ("damaged", "other rows") if word in str(refused)))
+    assert outcomes == {"damaged", "other rows", folder}  # the size in bytes and white space decide nothing
+
+
+def test_only_complete_checkpoints_count_for_the_limit(tmp_path, sampler):
+    for step in (10, 90):
+        save_checkpoint(tmp_path, step, None)
+    for step in (20, 30, 100):
+        save_checkpoint(tmp_path, step, sampler)
+    save_checkpoint(tmp_path, 110, sampler, save_total_limit=2)
+    assert [int(path.name[11:]) for path in list_checkpoints(tmp_path)] == [110, 100, 90, 10]
+
+
+@pytest.mark.parametrize("change", [{"seed": 43}, {"rows_per_step": 4}, {"dataset": 23}])
+def test_a_checkpoint_of_another_row_order_is_refused(tmp_path, sampler, change):
+    folder = save_checkpoint(tmp_path / "run", 20, sampler)
+    arguments = {"dataset": sampler.dataset, "rows_per_step": 8, "seed": 42} | change
+    if "dataset" in change:
+        arguments["dataset"] = TokenizedDataset(save_rows(random_rows(22, seed=1), tmp_path / "other"))
+    other = RowSampler(**arguments)
+    for choice in ("True", str(folder)):
+        with pytest.raises(ValueError, match="checkpoint-20 was trained on other rows"):
+            find_checkpoint(choice, str(tmp_path / "run"), other)
+    assert find_checkpoint(str(folder), str(tmp_path / "run"), sampler) == folder
+
+
+def test_without_a_checkpoint_training_starts_from_the_beginning(tmp_path, sampler, capsys):
+    assert find_checkpoint("True", str(tmp_path / "none"), sampler) is None
+    assert "starting from the beginning" in capsys.readouterr().out
+    save_checkpoint(tmp_path, 20, sampler)
+    assert find_checkpoint("False", str(tmp_path), sampler) is None
+
+
+def test_a_former_run_is_set_aside_whole(tmp_path, sampler):
+    output_dir = tmp_path / "run"
+    output_dir.mkdir()
+    (output_dir / "notes.txt").write_text("mine")
+    set_former_run_aside(output_dir)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # holds no run
+    save_checkpoint(output_dir, 20, sampler)
+    set_former_run_aside(output_dir)
+    (former,) = tmp_path.iterdir()
+    assert former.name.startswith("run.2")
+    assert find_damage(former / "checkpoint-20") is None
+    assert (former / "notes.txt").read_text() == "mine"
+
+
+def test_the_receipt_names_arguments_versions_data_and_row_order(tmp_path, sampler):
+    write_receipt(tmp_path, {"learning_rate": 1e-3}, sampler, {"world_size": 1})
+    receipt = json.loads((tmp_path / "run.json").read_text())
+    assert receipt["arguments"] == {"learning_rate": 1e-3}
+    assert receipt["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert receipt["dataset"] == sampler.dataset.ledger
+    assert receipt["row_order"] == {
+        "dataset_sha256": sampler.dataset.ledger["sha256"],
+        "num_rows": 22,
+        "rows_per_step": 8,
+        "seed": 42,
+    }
+    assert receipt["world_size"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

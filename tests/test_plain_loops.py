@@ -1,0 +1,586 @@
+"""finetune_pp.py and finetune_pp_peft.py: the same numbers however a step is cut, exact resume, clear errors."""
+
+import importlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, make_tokenizer, random_rows, run_script, save_rows, save_tiny_model
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import data_collator
+from data_collator import DataCollator, RowSampler, TokenizedDataset
+
+MODES = ("lora", "prefix", "ptuning", "prompt")
+# Every way to train in a plain loop: (script, its mode flags).
+STRATEGIES = {"full": ("finetune_pp", [])} | {mode: ("finetune_pp_peft", ["--peft_mode", mode]) for mode in MODES}
+FAST = ["--report_to", "none", "--bf16", "False", "--use_cpu", "True"]
+
+
+def weights_of(folder):
+    """All that was trained, from a run's folder or a checkpoint."""
+    trainable = folder / "trainable.safetensors"
+    return load_file(trainable if trainable.is_file() else folder / "model.safetensors")
+
+
+def history_of(folder):
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def parse(module, *flags):
+    parser = module.HfArgumentParser(module.Arguments)
+    return parser.parse_args_into_dataclasses([str(flag) for flag in flags])[0]
+
+
+def prepare(strategy, model_path, dataset_path, *flags):
+    """(module, arguments, row sampler, loaded model) of a script, in this process."""
+    name, mode_flags = STRATEGIES[strategy]
+    module = importlib.import_module(name)
+    args = parse(module, "--model_path", model_path, "--dataset_path", dataset_path, *mode_flags, *FAST, *flags)
+    config, tokenizer, sampler, _, _ = module.check_arguments(args)
+    torch.manual_seed(0)
+    cpu = [torch.device("cpu")]
+    if name == "finetune_pp":
+        return module, args, sampler, module.load_model(args, config, None, cpu)
+    return module, args, sampler, module.load_model(args, config, cpu, False)
+
+
+def gradients_of_one_batch(module, args, sampler, model, num_rows=8):
+    """Gradients of the trained weights for the first rows of the set, divided by their target tokens."""
+    batch = DataCollator(args.padding_free)([sampler.dataset[i] for i in range(num_rows)])
+    model.train()
+    model.zero_grad()
+    num_items = data_collator.num_targets(batch)
+    module.forward(model, batch, torch.device("cpu"), False, num_items).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same_run(folder, reference, start):
+    """Law 2: the same losses, gradient norms and final weights, in float32."""
+    expected, found = history_of(reference), history_of(folder)
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for row, other in zip(expected, found, strict=True):
+        assert other["loss"] == pytest.approx(row["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-5 if row["step"] == 1 else 1e-4)
+        assert other["num_input_tokens_seen"] == row["num_input_tokens_seen"]
+    weights, start = weights_of(reference), weights_of(start)
+    for name, tensor in weights_of(folder).items():
+        travelled = (weights[name] - start[name]).norm()
+        assert travelled > 0
+        assert (tensor - weights[name]).norm() <= 1e-2 * travelled, name
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora", "prompt"])
+def test_a_step_gives_the_same_numbers_however_it_is_cut(strategy, tiny_model, tiny_set, tmp_path):
+    """8x1 = 1x8 = 2x4 and padded = padding-free, over an epoch end whose last window has 6 rows instead of 8."""
+    name, mode_flags = STRATEGIES[strategy]
+    common = ["--model_path", tiny_model, "--dataset_path", tiny_set, "--num_train_epochs", 2, *FAST, *mode_flags]
+    common += ["--learning_rate", 1e-2] + (["--lora_dropout", 0] if strategy == "lora" else [])
+    for rows, accumulation, padding_free in ((8, 1, True), (1, 8, True), (2, 4, True), (2, 4, False)):
+        run_script(
+            f"{name}.py", *common, "--output_dir", tmp_path / f"{rows}x{accumulation}-{padding_free}",
+            "--per_device_train_batch_size", rows, "--gradient_accumulation_steps", accumulation,
+            "--padding_free", padding_free,
+        )  # fmt: skip
+    # A learning rate of nearly nothing leaves the weights where they start.
+    run_script(
+        f"{name}.py", *common, "--output_dir", tmp_path / "start", "--max_steps", 1, "--learning_rate", 1e-30,
+        "--per_device_train_batch_size", 8,
+    )  # fmt: skip
+    assert len(history_of(tmp_path / "8x1-True")) == 6
+    for cut in ("1x8-True", "2x4-True", "2x4-False"):
+        assert_same_run(tmp_path / cut, tmp_path / "8x1-True", tmp_path / "start")
+
+
+def start_slow_run(script, *flags):
+    """A run in the background that saves after every step."""
+    return subprocess.Popen(
+        [sys.executable, script, *map(str, flags)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,  # a pipe that nobody reads would fill up with progress bars and block the run
+    )
+
+
+def kill_while_saving(process, output_dir, after_step):
+    """SIGKILL as soon as a checkpoint beyond `after_step` exists without complete.json; its folder."""
+    while process.poll() is None:
+        for folder in output_dir.glob("checkpoint-*"):
+            step = int(folder.name.removeprefix("checkpoint-"))
+            if step > after_step and not (folder / "complete.json").exists():
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                return folder
+    pytest.fail(f"the run ended with {process.returncode} before it could be killed")
+
+
+def kill_at_random(process, output_dir):
+    """SIGKILL at a random moment after the first checkpoint began."""
+    while not list(output_dir.glob("checkpoint-*")) and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 1))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(strategy, tmp_path):
+    """Dropout on, killed while a checkpoint was being written and again at a random moment."""
+    model = save_tiny_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))  # the modes but lora have none
+    data = save_rows(random_rows(22), tmp_path / "rows")
+    name, mode_flags = STRATEGIES[strategy]
+    flags = ["--model_path", model, "--dataset_path", data, "--num_train_epochs", 8, "--save_steps", 1, *FAST]
+    flags += ["--learning_rate", 1e-2, *mode_flags]
+    run_script(f"{name}.py", *flags, "--output_dir", tmp_path / "whole")
+
+    torn = tmp_path / "torn"
+    resume = [*flags, "--output_dir", torn, "--resume_from_checkpoint", "True"]
+    half = kill_while_saving(start_slow_run(f"{name}.py", *resume), torn, after_step=3)
+    kill_at_random(start_slow_run(f"{name}.py", *resume), torn)
+    half.mkdir(exist_ok=True)
+    (half / "complete.json").unlink(missing_ok=True)  # if the second run went past it, make it a half again
+    output = run_script(f"{name}.py", *resume).stdout
+    assert "resuming from" in output or "starting from the beginning" in output
+
+    assert history_of(torn) == history_of(tmp_path / "whole")
+    assert len(history_of(torn)) == 24
+    expected, found = weights_of(tmp_path / "whole"), weights_of(torn)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    states = [torch.load(folder / "checkpoint-24" / "training_state.pt") for folder in (tmp_path / "whole", torn)]
+    assert torch.equal(states[0]["rng"]["cpu"], states[1]["rng"]["cpu"])
+    for mine, theirs in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
+        assert all(torch.equal(mine[key], theirs[key]) and mine[key].dtype == torch.float32 for key in mine)
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation(tiny_model, tiny_set):
+    module, args, sampler, model = prepare("lora", tiny_model, tiny_set, "--lora_dropout", 0.5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    losses = {module.evaluate(args, model, sampler.dataset, torch.device("cpu"), False) for _ in range(3)}
+    assert len(losses) == 1
+    batch = DataCollator(True)([sampler.dataset[0]])
+    assert len({module.forward(model, batch, torch.device("cpu"), False, 1).item() for _ in range(3)}) == 3
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gradient_checkpointing_leaves_the_gradients_as_they_are(strategy, tiny_model, tiny_set):
+    if strategy == "prefix":
+        module = importlib.import_module("finetune_pp_peft")
+        flags = ["--peft_mode", "prefix", "--gradient_checkpointing", "True"]
+        args = parse(module, "--model_path", tiny_model, "--dataset_path", tiny_set, *flags, *FAST)
+        with pytest.raises(ValueError, match="PREFIX_TUNING does not work with gradient checkpointing"):
+            module.check_arguments(args)
+        return
+    plain = gradients_of_one_batch(*prepare(strategy, tiny_model, tiny_set))
+    module, args, sampler, model = prepare(strategy, tiny_model, tiny_set, "--gradient_checkpointing", "True")
+    forwards = []
+    layers = [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]
+    layers[0].self_attn.register_forward_hook(lambda *_: forwards.append(1))
+    checkpointed = gradients_of_one_batch(module, args, sampler, model)
+    assert len(forwards) == 2  # once forward, once again in the backward
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        assert torch.allclose(gradient, checkpointed[name], rtol=1e-6, atol=0), name
+
+
+@pytest.mark.parametrize("checkpointing", ["False", "True"])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_trained_weight_gets_a_gradient_and_frozen_ones_do_not_move(mode, checkpointing, tiny_model, tiny_set):
+    if (mode, checkpointing) == ("prefix", "True"):
+        pytest.skip("PEFT refuses prefix tuning with gradient checkpointing; the test above sees to that")
+    flags = ["--gradient_checkpointing", checkpointing, "--lora_dropout", "0"]
+    module, args, sampler, model = prepare(mode, tiny_model, tiny_set, *flags)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    gradients = gradients_of_one_batch(module, args, sampler, model)
+    # lora_A has no gradient at step 1, because lora_B begins as zero; everything else must have one.
+    zero = [name for name, gradient in gradients.items() if gradient.abs().sum() == 0]
+    assert zero == [name for name in gradients if "lora_A" in name]
+    if mode == "lora":
+        assert len(gradients) == 2 * 7 * 2  # A and B of seven linear layers in two decoder layers
+    optimizer, _ = module.make_optimizer(args, model, 10)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    optimizer.step()
+    second = gradients_of_one_batch(module, args, sampler, model)
+    assert all(gradient.abs().sum() > 0 for gradient in second.values())
+    optimizer.step()
+    now = dict(model.named_parameters())
+    assert frozen and all(torch.equal(now[name], before) for name, before in frozen.items())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_bfloat16_folder_is_trained_in_float32(strategy, tiny_set, tmp_path):
+    model_path = save_tiny_model(tmp_path / "bf16", dtype=torch.bfloat16)
+    assert load_file(model_path / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    module, args, sampler, model = prepare(strategy, model_path, tiny_set)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    gradients_of_one_batch(module, args, sampler, model)
+    args.learning_rate = 1e-6  # an update far below bfloat16's resolution
+    optimizer, _ = module.make_optimizer(args, model, 1)
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-6
+    optimizer.step()
+    moved = [not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before]
+    assert all(moved) or (strategy == "lora" and sum(moved) == len(moved) // 2)  # lora_A waits for lora_B
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    module.save_model(model, tokenizer, tmp_path / "saved")
+    assert {tensor.dtype for tensor in weights_of(tmp_path / "saved").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_with_bf16_the_base_is_bf16_and_the_adapter_float32(mode, tiny_model, tiny_set):
+    module = importlib.import_module("finetune_pp_peft")
+    flags = ["--peft_mode", mode, "--model_path", tiny_model, "--dataset_path", tiny_set, "--bf16", "True"]
+    args = parse(module, *flags)
+    config, _, sampler, _, _ = module.check_arguments(args)
+    model = module.load_model(args, config, [torch.device("cpu")], True)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.get_base_model().parameters() if not p.requires_grad} == {torch.bfloat16}
+    model.train()
+    batch = DataCollator(args.padding_free)([sampler.dataset[i] for i in range(4)])
+    loss = module.forward(model, batch, torch.device("cpu"), True, data_collator.num_targets(batch))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_saved_folder_generates_what_the_trained_model_generates(strategy, tied, tiny_set, tmp_path):
+    model_path = save_tiny_model(tmp_path / "model", tied=tied)
+    module, args, sampler, model = prepare(
+        strategy, model_path, tiny_set, "--max_steps", 3, "--learning_rate", 0.1, "--output_dir", tmp_path / "out"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    cpu = torch.device("cpu")
+    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    module.train(args, model, tokenizer, sampler, None, None, cpu, False)
+    module.save_model(model, tokenizer, tmp_path / "out")
+
+    if strategy == "full":
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    else:
+        peft = importlib.import_module("peft")
+        fresh = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        reloaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "out")
+    prompt = {"input_ids": torch.tensor([[1, 40, 50, 60]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
+    tokens = [
+        m.eval().generate(**prompt, max_new_tokens=20, do_sample=False, pad_token_id=0).tolist()
+        for m in (model, reloaded, base)
+    ]
+    assert tokens[0] == tokens[1]
+    assert tokens[0] != tokens[2]  # the training did change the answer
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_documents_in_one_row_do_not_see_each_other_in_the_loaded_model(strategy, tiny_model, tiny_set):
+    module, args, sampler, model = prepare(strategy, tiny_model, tiny_set)
+    data_collator.check_document_attention(model, 300)
+    rows = [sampler.dataset[i] for i in range(3)]
+    batch = DataCollator(True)(rows)
+    model.eval()
+    logits = model(**batch, use_cache=False).logits
+    batch["input_ids"][0, : len(rows[0]["input_ids"])] = 5  # the first document changes, the others must not notice
+    others = batch["logits_to_keep"] >= len(rows[0]["input_ids"])
+    changed = model(**batch, use_cache=False).logits
+    assert torch.equal(logits[:, others], changed[:, others])
+    assert not torch.equal(logits[:, ~others], changed[:, ~others])
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_evaluation_weighs_every_target_token_the_same(strategy, tiny_model, tiny_set, tmp_path):
+    """An odd number of rows, three batch sizes: the loss is the sum over all targets divided once."""
+    held_out = save_rows(random_rows(7, seed=3), tmp_path / "eval")
+    losses = []
+    for size in (1, 4, 7):
+        module, args, sampler, model = prepare(strategy, tiny_model, tiny_set, "--per_device_eval_batch_size", size)
+        losses.append(module.evaluate(args, model, TokenizedDataset(held_out), torch.device("cpu"), False))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    total, targets = 0.0, 0
+    for row in random_rows(7, seed=3):
+        log_probs = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        for position, label in enumerate(row["labels"][1:]):
+            if label != -100:
+                total -= log_probs[position, label].item()
+                targets += 1
+    assert losses == pytest.approx([total / targets] * 3, rel=1e-5)
+
+
+def test_what_a_run_leaves(tiny_model, tiny_set, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--model_path", tiny_model, "--dataset_path", tiny_set, "--bf16", "False", "--use_cpu", "True"]
+    flags += ["--eval_dataset_path", tiny_set, "--eval_steps", 2, "--save_steps", 1, "--num_train_epochs", 2]
+    run_script("finetune_pp_peft.py", *flags, "--output_dir", out)
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+    complete = json.loads((out / "checkpoint-6" / "complete.json").read_text())
+    present = {path.name for path in (out / "checkpoint-6").iterdir()} - {"complete.json"}
+    assert complete["files"].keys() == present
+    assert {"trainable.safetensors", "adapter_model.safetensors", "training_state.pt", "tokenizer.json"} <= present
+
+    history = history_of(out)
+    assert [row["step"] for row in history] == [1, 2, 3, 4, 5, 6]
+    assert [row["epoch"] for row in history] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    expected = {"step", "epoch", "loss", "grad_norm", "learning_rate", "num_input_tokens_seen"}
+    assert all(row.keys() - {"eval_loss"} == expected for row in history)
+    assert [row["step"] for row in history if "eval_loss" in row] == [2, 4, 6]
+    assert history[2]["num_input_tokens_seen"] == sum(len(row["input_ids"]) for row in random_rows(22))
+    # One step of warm-up (3 % of 6 steps, rounded up), then half a cosine.
+    cosine = [1e-3 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * i / 5)).item()) for i in range(5)]
+    assert [row["learning_rate"] for row in history] == pytest.approx([0, *cosine])
+
+    receipt = json.loads((out / "run.json").read_text())
+    assert receipt["arguments"]["learning_rate"] == 1e-3
+    assert receipt["versions"]["torch"] == torch.__version__
+    assert receipt["world_size"] == 1 and receipt["devices"] == ["cpu"]
+    assert receipt["row_order"] == {"dataset_sha256": receipt["dataset"]["sha256"], "num_rows": 22, "rows_per_step": 8,
+                                    "seed": 42}  # fmt: skip
+    assert receipt["tokens_per_second"] > 0 and receipt["peak_memory_bytes"][0] > 1e8
+    assert list((out / "runs").glob("events.out.tfevents.*"))
+
+    # A second run must neither overwrite the first nor mix with its checkpoints.
+    completed = run_script("finetune_pp_peft.py", *flags, "--output_dir", out, "--max_steps", 1)
+    former = re.search(r"which is now (\S+)", completed.stdout)[1]
+    assert (tmp_path / former / "checkpoint-6" / "complete.json").is_file()
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_tensorboard_holds_the_curves(tiny_model, tiny_set, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--model_path", tiny_model, "--dataset_path", tiny_set, "--use_cpu", "True", "--bf16", "False"]
+    run_script("finetune_pp.py", *flags, "--output_dir", tmp_path / "out", "--max_steps", 3)
+    events = EventAccumulator(str(tmp_path / "out" / "runs")).Reload()
+    losses = [event.value for event in events.Scalars("train/loss")]
+    assert losses == pytest.approx([row["loss"] for row in history_of(tmp_path / "out")], rel=1e-6)
+
+
+def test_training_goes_on_from_an_adapter_with_new_data(tiny_model, tiny_set, tmp_path):
+    """--peft_path begins where the adapter ended, with ptuning's MLP, which PEFT's own file does not hold."""
+    for mode in MODES:
+        flags = ["--learning_rate", 0.05, "--max_steps", 2, "--output_dir", tmp_path / mode]
+        module, args, sampler, model = prepare(mode, tiny_model, tiny_set, *flags)
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        module.train(args, model, tokenizer, sampler, None, None, torch.device("cpu"), False)
+        module.save_model(model, tokenizer, tmp_path / mode)
+        _, _, _, again = prepare(mode, tiny_model, tiny_set, "--peft_path", tmp_path / mode)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        loaded = {name: p for name, p in again.named_parameters() if p.requires_grad}
+        assert trained.keys() == loaded.keys()
+        assert all(torch.equal(trained[name], loaded[name]) for name in trained)
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(strategy, tmp_path):
+    """At the third step the loss is not a number: a row has a token whose embedding is infinite."""
+    model_path = save_tiny_model(tmp_path / "model")
+    weights = load_file(model_path / "model.safetensors")
+    weights["model.embed_tokens.weight"][299] = float("inf")
+    from safetensors.torch import save_file
+
+    save_file(weights, model_path / "model.safetensors", metadata={"format": "pt"})
+    rows = random_rows(24, vocab_size=299)
+    order = list(RowSampler(TokenizedDataset(save_rows(rows, tmp_path / "all")), 8, 42))
+    rows[order[17]]["input_ids"][0] = 299
+    data = save_rows(rows, tmp_path / "rows")
+    name, mode_flags = STRATEGIES[strategy]
+    completed = run_script(
+        f"{name}.py", "--model_path", model_path, "--dataset_path", data, "--output_dir", tmp_path / "out",
+        "--save_steps", 1, *FAST, *mode_flags, check=False,
+    )  # fmt: skip
+    assert completed.returncode == 1
+    assert "error: step 3 has loss nan" in completed.stderr
+    assert "Traceback" not in completed.stderr
+    assert data_collator.find_damage(tmp_path / "out" / "checkpoint-2") is None
+    assert not (tmp_path / "out" / "checkpoint-3").exists()
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize("name", ["finetune_pp", "finetune_pp_peft"])
+def test_layers_are_placed_in_balanced_contiguous_blocks(name):
+    module = importlib.import_module(name)
+    for num_devices in range(1, 9):
+        for num_layers in range(1, 81):
+            sizes = module.place_layers(num_layers, num_devices)
+            assert len(sizes) == num_devices and sum(sizes) == num_layers
+            assert max(sizes) - min(sizes) <= 1
+            if num_devices > 2 and num_layers % num_devices:
+                assert sizes[0] <= max(sizes[1:-1]) and sizes[-1] <= max(sizes[1:-1])
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2, "vocab_size": 64}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gpt2", "gpt_neox", "phi"])
+@pytest.mark.parametrize("num_devices", [2, 3])
+def test_every_weight_has_one_device_in_any_family(family, tied, num_devices):
+    """Each parameter lies on exactly one device, layers in order, the embedding first, the head last unless tied."""
+    module = importlib.import_module("finetune_pp")
+    small = {"n_embd": 16, "n_layer": 5, "n_head": 2, "vocab_size": 64} if family == "gpt2" else dict(SMALL)
+    if family in ("llama", "mistral", "qwen2"):
+        small["num_key_value_heads"] = 1
+    config = AutoConfig.for_model(family, **small, tie_word_embeddings=tied)
+    devices = [torch.device("cuda", i) for i in range(num_devices)]
+    device_map = module.make_device_map(config, devices)
+    skeleton = module.make_skeleton(config)
+    for name, _ in [*skeleton.named_parameters(remove_duplicate=False), *skeleton.named_buffers()]:
+        assert sum(name == key or name.startswith(f"{key}.") for key in device_map) == 1, name
+    blocks = [device_map[key].index for key in device_map if re.search(r"\.\d+$", key)]
+    assert blocks == sorted(blocks) and len(blocks) == 5 and set(blocks) == set(range(num_devices))
+    names = {module: name for name, module in skeleton.named_modules()}
+    assert device_map[names[skeleton.get_input_embeddings()]] == devices[0]
+    assert device_map[names[skeleton.get_output_embeddings()]] == devices[0 if tied else -1]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_devices_give_the_gradients_of_one(strategy, tied, tiny_set, tmp_path):
+    name, mode_flags = STRATEGIES[strategy]
+    module = importlib.import_module(name)
+    model_path = save_tiny_model(tmp_path / "model", tied=tied, num_layers=5)
+    flags = ["--model_path", model_path, "--dataset_path", tiny_set, "--bf16", "False", *mode_flags]
+    args = parse(module, *flags)
+    config, _, sampler, _, _ = module.check_arguments(args)
+    gradients = []
+    for devices in ([torch.device("cuda", 0)], [torch.device("cuda", 0), torch.device("cuda", 1)]):
+        torch.manual_seed(0)
+        extra = [devices, False] if name == "finetune_pp_peft" else [None, devices]
+        model = module.load_model(args, config, *extra).eval()
+        batch = DataCollator(args.padding_free)([sampler.dataset[i] for i in range(8)])
+        module.forward(model, batch, devices[0], False, data_collator.num_targets(batch)).backward()
+        gradients.append({n: p.grad.cpu() for n, p in model.named_parameters() if p.requires_grad})
+    for key, gradient in gradients[0].items():
+        assert (gradient - gradients[1][key]).norm() <= 1e-5 * gradient.norm() + 1e-12
+
+
+def test_the_compute_precision_follows_the_hardware():
+    module = importlib.import_module("finetune_pp")
+    cpu = torch.device("cpu")
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert module.use_bf16("auto", cpu) == fast
+    assert module.use_bf16("True", cpu) and not module.use_bf16("False", cpu)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Users' mistakes
+# -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """A model whose weights cannot be loaded: a mistake that is found before them never touches the file."""
+    folder = tmp_path_factory.mktemp("broken")
+    model = save_tiny_model(folder / "model")
+    (model / "model.safetensors").write_bytes(b"not weights")
+    good = save_rows(random_rows(9), folder / "rows")
+    no_labels = save_rows([{"input_ids": [1, 2, 3]}], folder / "no_labels")
+    empty = save_rows([], folder / "empty")
+    beyond = save_rows([{"input_ids": [5, 300], "labels": [-100, 300]}], folder / "beyond")
+    packed_rows = [{"input_ids": [5, 6, 5, 6], "labels": [5, 6, 5, 6], "position_ids": [0, 1, 0, 1]}]
+    packed = save_rows(packed_rows, folder / "packed")
+    other = save_rows(random_rows(3), folder / "other", {"vocabulary_sha256": "of another tokenizer"})
+    unfinished = save_rows(random_rows(3), folder / "unfinished")
+    (unfinished / "ledger.json").unlink()
+    file = folder / "file"
+    file.write_text("a file")
+    no_weights = folder / "no_weights"
+    no_weights.mkdir()
+    make_tokenizer().save_pretrained(no_weights)
+    return {
+        "model": model, "rows": good, "no_labels": no_labels, "empty": empty, "beyond": beyond, "packed": packed,
+        "other": other, "unfinished": unfinished, "file": file, "no_weights": no_weights, "missing": folder / "none",
+    }  # fmt: skip
+
+
+# flags -> what the message must name; {x} is a path of the fixture above.
+MISTAKES = [
+    ("--model_path {missing}", ["--model_path", "{missing}", "no such folder", "quickstart.sh"]),
+    ("--model_path models/none", ["--model_path models/none", "no such folder", "quickstart.sh"]),
+    ("--model_path {no_weights}", ["--model_path", "{no_weights}", "no .safetensors file"]),
+    ("--dataset_path {missing}", ["--dataset_path", "{missing}", "no such folder", "tokenize_dataset.py"]),
+    ("--dataset_path {unfinished}", ["--dataset_path", "no ledger.json", "tokenize_dataset.py"]),
+    ("--dataset_path {no_labels}", ["--dataset_path", "no column labels", "input_ids", "tokenize_dataset.py"]),
+    ("--dataset_path {empty}", ["--dataset_path", "no rows", "ledger.json"]),
+    ("--dataset_path {beyond}", ["--dataset_path", "from 5 to 300", "vocabulary of 300", "--tokenizer_path"]),
+    ("--dataset_path {other}", ["--dataset_path", "another tokenizer", "--tokenizer_path"]),
+    ("--eval_dataset_path {missing}", ["--eval_dataset_path", "no such folder"]),
+    ("--output_dir {file}/out", ["--output_dir", "no writable folder", "choose another"]),
+    ("--learnin_rate 1", ["--learnin_rate", "--help"]),
+    ("--learning_rate 0", ["--learning_rate 0", "above 0"]),
+    ("--weight_decay -1", ["--weight_decay -1", "at least 0"]),
+    ("--per_device_train_batch_size 0", ["--per_device_train_batch_size 0", "above 0"]),
+    ("--lr_scheduler_type step", ["--lr_scheduler_type step", "cosine, linear"]),
+    ("--bf16 yes", ["--bf16 yes", "auto, True, False"]),
+    ("--resume_from_checkpoint {missing}", ["--resume_from_checkpoint", "{missing}", "no complete.json"]),
+    ("--gradient_accumulation_steps 0 --dataset_path {missing}",
+     ["--gradient_accumulation_steps 0", "above 0", "--dataset_path", "no such folder"]),
+]  # fmt: skip
+PEFT_MISTAKES = [
+    ("--lora_rank 0", ["--lora_rank 0", "above 0"]),
+    ("--peft_mode adapter", ["--peft_mode adapter", "lora, prefix, ptuning, prompt"]),
+    ("--peft_mode adapter --lora_rank -4", ["--peft_mode adapter", "--lora_rank -4"]),
+    ("--lora_target_modules q_proj,query", ["--lora_target_modules query", "matches no layer"]),
+    ("--lora_target_modules nothing", ["nothing"]),
+    ("--peft_mode prompt --mapping_hidden_dim 64", ["--mapping_hidden_dim 64", "no MLP"]),
+    ("--peft_mode prefix --dataset_path {packed}", ["--peft_mode prefix", "--packing False"]),
+    ("--peft_mode prefix --gradient_checkpointing True", ["--peft_mode prefix", "gradient checkpointing"]),
+    ("--peft_path {missing}", ["--peft_path"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "parts"),
+    [("finetune_pp", *case) for case in MISTAKES] + [("finetune_pp_peft", *case) for case in MISTAKES + PEFT_MISTAKES],
+)
+def test_a_mistake_ends_before_weights_are_loaded(name, flags, parts, broken, tmp_path, monkeypatch):
+    module = importlib.import_module(name)
+    defaults = {"--model_path": broken["model"], "--dataset_path": broken["rows"], "--output_dir": tmp_path / "out"}
+    given = flags.format(**broken).split()
+    command = [name] + given + [str(x) for key, value in defaults.items() if key not in given for x in (key, value)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    message = str(stopped.value.code)
+    assert message.startswith("error: ")
+    for part in parts:
+        assert part.format(**broken) in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["finetune_pp", "finetune_pp_peft"])
+def test_a_mistake_is_one_message_without_a_traceback(name, broken, tmp_path):
+    flags = ["--model_path", broken["model"], "--dataset_path", broken["empty"], "--save_steps", 0]
+    completed = run_script(f"{name}.py", *flags, "--output_dir", tmp_path / "out", check=False)
+    assert completed.returncode == 1
+    assert "Traceback" not in completed.stderr
+    lines = completed.stderr[completed.stderr.index("error: ") :].strip().splitlines()
+    assert len(lines) == 3  # two mistakes, and where to look flags up
+    assert "--save_steps 0" in lines[0] and "--dataset_path" in lines[1] and "--help" in lines[2]
+    assert not (tmp_path / "out").exists()
+
+
+def test_resuming_with_other_rows_is_refused(tiny_model, tiny_set, tmp_path):
+    flags = ["--model_path", tiny_model, "--output_dir", tmp_path / "out", *FAST]
+    run_script("finetune_pp.py", *flags, "--dataset_path", tiny_set, "--max_steps", 1)
+    module = importlib.import_module("finetune_pp")
+    others = save_rows(random_rows(22, seed=5), tmp_path / "others")
+    for change in (["--seed", 7], ["--per_device_train_batch_size", 4], ["--dataset_path", others]):
+        rows = [] if change[0] == "--dataset_path" else ["--dataset_path", tiny_set]
+        args = parse(module, *flags, *rows, *change, "--resume_from_checkpoint", "True")
+        with pytest.raises(ValueError, match="was trained on other rows"):
+            module.check_arguments(args)

@@ -1,0 +1,586 @@
+"""Raw rows become token ids without a token lost, doubled or shifted, and mistakes end in a message."""
+
+import hashlib
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, make_tokenizer, run_script
+from datasets import load_from_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import data_collator
+from data_collator import IGNORE_INDEX, TokenizedDataset
+
+SCRIPT = "data_sample/tokenize_dataset.py"
+specification = importlib.util.spec_from_file_location("tokenize_dataset", ROOT / SCRIPT)
+tokenize_dataset = importlib.util.module_from_spec(specification)
+sys.modules["tokenize_dataset"] = tokenize_dataset  # dataclasses look their module up
+specification.loader.exec_module(tokenize_dataset)
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QUESTION = {
+    "id": "q1",
+    "sent1": "胸口疼 for two days 🫀.",
+    "sent2": "Which department?",
+    "ending0": "Urology",
+    "ending1": "Cardiology",
+    "ending2": "眼科",
+    "ending3": "Dentistry",
+    "label": 1,
+}
+TASK = {"instruction": "Translate.", "input": "你好 👋", "output": "Hello\n"}
+ALPACA_START = "Below is an instruction that describes a task"
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Tokenizers by name: with and without BOS, without a template and with one, which may write BOS itself."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    for name, adds_bos, chat_template in (
+        ("plain", True, None),
+        ("plain without BOS", False, None),
+        ("chat", True, CHATML),
+        ("chat without BOS", False, CHATML),
+        ("chat that writes BOS", True, "{{ bos_token }}" + CHATML),
+    ):
+        tokenizer = make_tokenizer(adds_bos)
+        tokenizer.chat_template = chat_template
+        tokenizer.save_pretrained(root / name)
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def tokenizers(folders) -> dict[str, PreTrainedTokenizerFast]:
+    return {name: AutoTokenizer.from_pretrained(folder) for name, folder in folders.items()}
+
+
+NAMES = ["plain", "plain without BOS", "chat", "chat without BOS", "chat that writes BOS"]
+every_tokenizer = pytest.mark.parametrize("name", NAMES)
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    return path
+
+
+def tokenize(path: Path, rows: list[dict], tokenizer, **arguments) -> tuple[list[dict], dict]:
+    args = tokenize_dataset.Arguments(**{"input": str(write_jsonl(path, rows)), "max_length": 10**6} | arguments)
+    template = tokenize_dataset.make_template(args, chat=tokenizer.chat_template is not None)
+    return tokenize_dataset.tokenize(args, tokenizer, template)
+
+
+def text_of(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def targets_of(row: dict) -> list[int]:
+    return [label for label in row["labels"] if label != IGNORE_INDEX]
+
+
+def run_main(monkeypatch, *command) -> None:
+    """The program in this process: starting Python and importing transformers takes seconds."""
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, command)])
+    tokenize_dataset.main()
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# What a row becomes
+# -------------------------------------------------------------------------------------------------------------------
+
+CASES = {
+    "mcq, text": (
+        QUESTION,
+        {},
+        "胸口疼 for two days 🫀.\nWhich department?\n- Urology\n- Cardiology\n- 眼科\n- Dentistry",
+        "\n\n### Answer:\n",
+        "Cardiology",
+    ),
+    "mcq, letter": (
+        QUESTION | {"ending4": "Surgery", "label": 4},
+        {"answer": "letter"},
+        "胸口疼 for two days 🫀.\nWhich department?\nA. Urology\nB. Cardiology\nC. 眼科\nD. Dentistry\nE. Surgery",
+        "\n\n### Answer:\n",
+        "E",
+    ),
+    "mcq, one sentence": (
+        QUESTION | {"sent2": "", "label": 2},
+        {},
+        "胸口疼 for two days 🫀.\n- Urology\n- Cardiology\n- 眼科\n- Dentistry",
+        "\n\n### Answer:\n",
+        "眼科",
+    ),
+    "alpaca, input": (TASK, {"format": "alpaca"}, "Translate.\n\n你好 👋", None, "Hello\n"),
+    "alpaca, no input": (TASK | {"input": ""}, {"format": "alpaca"}, "Translate.", None, "Hello\n"),
+}
+
+
+@every_tokenizer
+@pytest.mark.parametrize("case", CASES)
+def test_decoding_gives_the_rendered_text_and_targets_the_answer(tmp_path, tokenizers, name, case):
+    raw, arguments, question, plain_end, answer = CASES[case]
+    tokenizer = tokenizers[name]
+    (row,), _ = tokenize(tmp_path / "rows.jsonl", [raw], tokenizer, **arguments)
+    text = text_of(tokenizer, row["input_ids"])
+    if name.startswith("chat"):
+        prompt = f"<|im_start|>user\n{question}</s>\n<|im_start|>assistant\n"
+    elif plain_end:
+        prompt = question + plain_end
+    else:
+        prompt = text.removesuffix(f"{answer}</s>").removeprefix("<s>")
+        assert prompt.startswith(ALPACA_START) and prompt.endswith("\n\n### Response:\n")
+        assert f"### Instruction:\n{raw['instruction']}\n\n### " in prompt
+        assert ("### Input:\n你好 👋\n\n### " in prompt) == bool(raw["input"])
+    with_bos = "without" not in name
+    assert text == "<s>" * with_bos + prompt + answer + "</s>"
+    assert row["input_ids"].count(tokenizer.bos_token_id) == with_bos
+    assert text_of(tokenizer, targets_of(row)) == answer + "</s>"
+
+
+@every_tokenizer
+def test_exactly_one_eos_is_a_target_and_it_is_the_last_token(tmp_path, tokenizers, name):
+    rows, _ = tokenize(tmp_path / "rows.jsonl", [QUESTION, QUESTION | {"label": 3}], tokenizers[name])
+    for row in rows:
+        assert targets_of(row).count(tokenizers[name].eos_token_id) == 1
+        assert row["labels"][-1] == row["input_ids"][-1] == tokenizers[name].eos_token_id
+
+
+@every_tokenizer
+def test_the_prompt_is_masked_and_the_rest_is_not(tmp_path, tokenizers, name):
+    (row,), ledger = tokenize(tmp_path / "rows.jsonl", [TASK], tokenizers[name], format="alpaca")
+    num_targets = len(targets_of(row))
+    assert row["labels"] == [IGNORE_INDEX] * (len(row["input_ids"]) - num_targets) + row["input_ids"][-num_targets:]
+    assert ledger["targets"] == num_targets
+
+
+@every_tokenizer
+def test_train_on_prompt_labels_every_token(tmp_path, tokenizers, name):
+    (row,), ledger = tokenize(tmp_path / "rows.jsonl", [TASK], tokenizers[name], format="alpaca", train_on_prompt=True)
+    assert row["labels"] == row["input_ids"]
+    assert ledger["targets"] == len(row["input_ids"]) - 1  # nothing stands before the first token
+
+
+@every_tokenizer
+@pytest.mark.parametrize("answer", ["text", "letter"])
+def test_options_are_the_completions_with_the_right_one_first(tmp_path, tokenizers, name, answer):
+    raw = QUESTION | {"label": 2}
+    (row,), _ = tokenize(tmp_path / "rows.jsonl", [raw], tokenizers[name], answer=answer)
+    texts = [text_of(tokenizers[name], ids) for ids in row["options"]]
+    expected = ["C", "A", "B", "D"] if answer == "letter" else ["眼科", "Urology", "Cardiology", "Dentistry"]
+    assert texts == [f"{option}</s>" for option in expected]
+    assert row["options"][0] == targets_of(row)
+
+
+def test_no_token_spans_the_border_between_prompt_and_answer(tmp_path):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *alphabet, "ĊC"])}
+    backend = Tokenizer(models.BPE(vocabulary, [("Ċ", "C")]))  # its one merge is a line end with a capital C
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    assert tokenizer("\nC").input_ids == [vocabulary["ĊC"]]
+    (row,), _ = tokenize(tmp_path / "rows.jsonl", [QUESTION], tokenizer)
+    assert text_of(tokenizer, targets_of(row)) == "Cardiology</s>"
+    prompt_ids = row["input_ids"][: -len(targets_of(row))]
+    assert prompt_ids == tokenizer(text_of(tokenizer, prompt_ids)).input_ids  # what generation starts from
+    assert row["input_ids"].count(vocabulary["ĊC"]) == 0
+
+
+@every_tokenizer
+def test_vocabulary_hash_is_that_of_the_shared_module(tokenizers, name):
+    tokenizer = make_tokenizer()
+    assert tokenize_dataset.vocabulary_hash(tokenizers[name]) == data_collator.vocabulary_hash(tokenizers[name])
+    assert data_collator.vocabulary_hash(tokenizers[name]) == data_collator.vocabulary_hash(tokenizer)
+    tokenizer.add_tokens(["<another>"])
+    assert tokenize_dataset.vocabulary_hash(tokenizer) == data_collator.vocabulary_hash(tokenizer)
+    assert data_collator.vocabulary_hash(tokenizers[name]) != data_collator.vocabulary_hash(tokenizer)
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# The ledger
+# -------------------------------------------------------------------------------------------------------------------
+
+texts = st.one_of(
+    st.text(st.characters(codec="utf-8"), max_size=40),
+    st.sampled_from(
+        ["", " ", "\n\t", "\u3000", "\x00\x1f\x7f", "你好，世界。", "👩‍⚕️🩺", "\ufeff", "a\u2028b\r\nc", "  x  "]
+    ),
+    st.sampled_from(["<s>struck out</s>", "stop</s>", "<unk>", "{question}", "{{ eos_token }}"]),
+)
+tasks = st.fixed_dictionaries({"instruction": texts, "output": texts}, optional={"input": texts})
+
+
+@settings(deadline=None, max_examples=120)
+@given(st.lists(tasks, max_size=6), st.sampled_from(NAMES), st.integers(2, 250), st.booleans())
+def test_the_ledger_balances_and_every_answer_comes_back(
+    tokenizers, tmp_path_factory, raw_rows, name, max_length, train_on_prompt
+):
+    tokenizer, path = tokenizers[name], tmp_path_factory.getbasetemp() / "random.jsonl"
+    arguments = {"format": "alpaca", "train_on_prompt": train_on_prompt}
+    every_length, before = tokenize(path, raw_rows, tokenizer, **arguments)
+    rows, ledger = tokenize(path, raw_rows, tokenizer, max_length=max_length, **arguments)
+
+    no_target = [raw for raw in raw_rows if not raw["output"].strip()]
+    special = [
+        raw
+        for raw in raw_rows
+        if raw not in no_target and any(token in text for text in raw.values() for token in ("<s>", "</s>", "<unk>"))
+    ]
+    complete = [raw for raw in raw_rows if raw not in no_target and raw not in special]
+    assert len(every_length) == len(complete)
+    fitting = [raw for raw, row in zip(complete, every_length, strict=True) if len(row["input_ids"]) <= max_length]
+    assert ledger["rows"] == {
+        "in": len(raw_rows),
+        "kept": len(fitting),
+        "no_target": len(no_target),
+        "special_token": len(special),
+        "too_long": len(complete) - len(fitting),
+    }
+    assert rows == [row for row in every_length if len(row["input_ids"]) <= max_length]
+    assert ledger["tokens"]["in"] == sum(ledger["tokens"].values()) - ledger["tokens"]["in"] == before["tokens"]["in"]
+    assert ledger["tokens"]["kept"] == sum(len(row["input_ids"]) for row in rows)
+    assert before["tokens"]["too_long"] == 0
+    assert ledger["tokens"]["kept"] + ledger["tokens"]["too_long"] == before["tokens"]["kept"]
+    assert ledger["targets"] == sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
+
+    for raw, row in zip(fitting, rows, strict=True):
+        text = text_of(tokenizer, row["input_ids"])
+        assert text.endswith(raw["output"] + "</s>")
+        assert raw["instruction"] in text and raw.get("input", "") in text
+        assert row["input_ids"].count(tokenizer.bos_token_id) == ("without" not in name)
+        if train_on_prompt:
+            assert row["labels"] == row["input_ids"]
+        else:
+            assert text_of(tokenizer, targets_of(row)) == raw["output"] + "</s>"
+
+
+@pytest.mark.parametrize("empty", ["", " \n\t", "\u3000"])
+def test_an_empty_answer_is_dropped_and_counted(tmp_path, tokenizers, empty):
+    raw_rows = [TASK, TASK | {"output": empty}, TASK]
+    rows, ledger = tokenize(tmp_path / "rows.jsonl", raw_rows, tokenizers["plain"], format="alpaca")
+    assert len(rows) == 2
+    assert ledger["rows"] == {"in": 3, "kept": 2, "no_target": 1, "special_token": 0, "too_long": 0}
+    assert ledger["tokens"]["no_target"] > 0
+
+
+def test_max_length_is_the_longest_row_that_is_kept(tmp_path, tokenizers):
+    (row,), _ = tokenize(tmp_path / "rows.jsonl", [QUESTION], tokenizers["plain"])
+    length = len(row["input_ids"])
+    for max_length, kept in ((length, 1), (length - 1, 0)):
+        rows, ledger = tokenize(tmp_path / "rows.jsonl", [QUESTION], tokenizers["plain"], max_length=max_length)
+        assert len(rows) == ledger["rows"]["kept"] == kept
+        assert ledger["tokens"]["too_long"] == (1 - kept) * length
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Packing
+# -------------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 64).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(1, n), max_size=60))))
+def test_packing_puts_every_document_once_into_rows_that_fit(case):
+    max_length, lengths = case
+    bins = tokenize_dataset.pack(lengths, max_length)
+    assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
+    fills = sorted(sum(lengths[index] for index in members) for members in bins)
+    assert all(0 < fill <= max_length for fill in fills)
+    assert len(fills) < 2 or fills[0] + fills[1] > max_length  # no two rows could have been one
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(st.integers(3, 299), min_size=2, max_size=9), max_size=20), st.integers(9, 20))
+def test_packed_documents_are_whole_and_their_positions_restart(documents, max_length):
+    rows = [{"input_ids": ids, "labels": [IGNORE_INDEX, *ids[1:]]} for ids in documents]
+    found = Counter()
+    for row in tokenize_dataset.join_documents(rows, max_length):
+        assert set(map(len, row.values())) == {len(row["input_ids"])}
+        assert len(row["input_ids"]) <= max_length
+        starts = [at for at, position in enumerate(row["position_ids"]) if position == 0]
+        for start, end in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True):
+            assert row["position_ids"][start:end] == list(range(end - start))
+            assert row["labels"][start:end] == [IGNORE_INDEX, *row["input_ids"][start + 1 : end]]
+            found[tuple(row["input_ids"][start:end])] += 1
+    assert found == Counter(map(tuple, documents))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_packing_fills_97_percent_with_lengths_like_alpacas(seed):
+    lengths = np.random.default_rng(seed).lognormal(np.log(110), 0.8, size=5000).clip(16, 2048).astype(int).tolist()
+    started = time.perf_counter()
+    bins = tokenize_dataset.pack(lengths, 2048)
+    assert sum(lengths) / (len(bins) * 2048) >= 0.97
+    assert time.perf_counter() - started < 2
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# The program
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_questions_become_a_set_that_training_opens(tmp_path, folders, tokenizers):
+    output, raw = tmp_path / "new" / "set", ROOT / "data_sample" / "triage_test.jsonl"
+    completed = run_script(SCRIPT, "--input", raw, "--tokenizer_path", folders["plain"], "--output", output)
+    dataset = TokenizedDataset(output, tokenizer=tokenizers["plain"])
+    questions = [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()]
+    assert len(dataset) == len(questions) and not dataset.packed
+    for row, question in zip(dataset, questions, strict=True):
+        targets = row["labels"][row["labels"] != IGNORE_INDEX].tolist()
+        assert text_of(tokenizers["plain"], targets) == question[f"ending{question['label']}"] + "</s>"
+    assert list(load_from_disk(str(output)).features) == ["input_ids", "labels", "options"]
+    ledger = json.loads((output / "ledger.json").read_text(encoding="utf-8"))
+    assert ledger["rows"] == {"in": 132, "kept": 132, "no_target": 0, "special_token": 0, "too_long": 0}
+    assert ledger["rows_written"] == 132
+    assert ledger["input_sha256"] == hashlib.sha256(raw.read_bytes()).hexdigest()
+    tokenizer_json = folders["plain"] / "tokenizer.json"
+    assert ledger["tokenizer_json_sha256"] == hashlib.sha256(tokenizer_json.read_bytes()).hexdigest()
+    assert f"{ledger['targets']:,} target tokens in 132 written rows" in completed.stdout
+    assert [path.name for path in output.parent.iterdir()] == ["set"]
+
+
+def test_the_shipped_instructions_are_packed_whole(tmp_path, folders, tokenizers):
+    raw, command = ROOT / "data_sample" / "instruct_zh_en.json", ["--format", "alpaca", "--max_length", 1024]
+    command += ["--input", raw, "--tokenizer_path", folders["chat"], "--output", tmp_path / "set"]
+    run_script(SCRIPT, *command, "--packing", "True", "--train_on_prompt", "True")
+    dataset = TokenizedDataset(tmp_path / "set", tokenizer=tokenizers["chat"])
+    ledger, tokenizer = dataset.ledger, tokenizers["chat"]
+    assert dataset.packed and set(dataset[0]) == {"input_ids", "labels", "position_ids"}
+    assert ledger["rows"]["in"] == len(json.loads(raw.read_text(encoding="utf-8")))
+    assert ledger["rows_written"] == len(dataset) < ledger["rows"]["kept"]
+    assert max(len(row["input_ids"]) for row in dataset) <= 1024
+    assert sum(len(row["input_ids"]) for row in dataset) == ledger["tokens"]["kept"]
+    assert sum(int((row["position_ids"] == 0).sum()) for row in dataset) == ledger["rows"]["kept"]
+    assert sum(int((row["input_ids"] == tokenizer.bos_token_id).sum()) for row in dataset) == ledger["rows"]["kept"]
+    assert all(row["input_ids"][-1] == tokenizer.eos_token_id for row in dataset)
+    assert all((row["labels"] == row["input_ids"]).all() for row in dataset)
+
+
+def test_the_same_input_gives_the_same_bytes_and_replaces_the_former_set(tmp_path, monkeypatch, folders):
+    raw, hashes = write_jsonl(tmp_path / "rows.jsonl", [QUESTION, QUESTION | {"label": 3}]), []
+    for rows_before in (0, 2):
+        assert (len(TokenizedDataset(tmp_path / "set")) if (tmp_path / "set").exists() else 0) == rows_before
+        command = ("--input", raw, "--tokenizer_path", folders["plain"], "--output", tmp_path / "set")
+        run_main(monkeypatch, *command)
+        hashes.append(TokenizedDataset(tmp_path / "set").ledger["sha256"])
+    assert hashes[0] == hashes[1]
+    run_main(monkeypatch, *command, "--answer", "letter")
+    assert TokenizedDataset(tmp_path / "set").ledger["sha256"] != hashes[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "set"]
+
+
+def test_windows_line_ends_and_a_byte_order_mark_go_through(tmp_path, monkeypatch, folders):
+    texts = {
+        "unix.jsonl": write_jsonl(tmp_path / "unix.jsonl", [TASK, TASK]).read_bytes(),
+        "unix.json": json.dumps([TASK, TASK], indent=1).encode(),
+    }
+    texts["windows.jsonl"] = b"\xef\xbb\xbf" + texts["unix.jsonl"].replace(b"\n", b"\r\n") + b"\r\n"
+    texts["windows.json"] = b"\xef\xbb\xbf" + texts["unix.json"].replace(b"\n", b"\r\n")
+    hashes = set()
+    for name, content in texts.items():
+        (tmp_path / name).write_bytes(content)
+        command = ("--input", tmp_path / name, "--format", "alpaca", "--tokenizer_path", folders["chat"])
+        run_main(monkeypatch, *command, "--output", tmp_path / "set")
+        dataset = TokenizedDataset(tmp_path / "set")
+        assert len(dataset) == 2
+        hashes.add(dataset.ledger["sha256"])
+    assert len(hashes) == 1
+
+
+def test_a_set_that_lost_every_row_is_refused_by_training(tmp_path, monkeypatch, folders, capsys):
+    raw = write_jsonl(tmp_path / "rows.jsonl", [TASK | {"output": ""}])
+    command = ("--input", raw, "--format", "alpaca", "--tokenizer_path", folders["plain"])
+    run_main(monkeypatch, *command, "--output", tmp_path / "set")
+    assert "0 target tokens in 0 written rows" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no rows.*ledger.json"):
+        TokenizedDataset(tmp_path / "set")
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Mistakes
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def question_without(name: str) -> dict:
+    return {key: value for key, value in QUESTION.items() if key != name}
+
+
+GOOD = json.dumps(QUESTION)
+LONE_SURROGATE = '{"instruction": "half a smile \\ud83d", "output": "b"}'
+MISTAKES = {  # what the input file holds, further flags, what the message must name
+    "missing file": (None, (), ["--input", "in.jsonl", "no such file"]),
+    "unknown format": (GOOD, ("--format", "medqa"), ["--format medqa", "mcq or alpaca"]),
+    "unknown kind of answer": (GOOD, ("--answer", "number"), ["--answer number", "text or letter"]),
+    "length of one": (GOOD, ("--max_length", "1"), ["--max_length 1", "at least 2"]),
+    "length in words": (GOOD, ("--max_length", "long"), ["--max_length", "long"]),
+    "unknown flag": (GOOD, ("--max_lenght", "8"), ["--max_lenght"]),
+    "abbreviated flag": (GOOD, ("--max_len", "8"), ["--max_len"]),
+    "label out of range": (
+        f"{GOOD}\n{json.dumps(QUESTION | {'label': 4})}",
+        (),
+        ["in.jsonl, line 2", "label is 4", "0 to 3"],
+    ),
+    "negative label": (json.dumps(QUESTION | {"label": -1}), (), ["in.jsonl, line 1", "label is -1"]),
+    "label as text": (json.dumps(QUESTION | {"label": "1"}), (), ["in.jsonl, line 1", "label is '1'"]),
+    "label True": (json.dumps(QUESTION | {"label": True}), (), ["in.jsonl, line 1", "label is True"]),
+    "no label": (json.dumps(question_without("label")), (), ["in.jsonl, line 1", "label"]),
+    "no option": (json.dumps(question_without("ending2")), (), ["in.jsonl, line 1", "ending2 is missing"]),
+    "empty option": (json.dumps(QUESTION | {"ending1": " "}), (), ["in.jsonl, line 1", "ending1 is empty"]),
+    "option a number": (json.dumps(QUESTION | {"ending4": 5}), (), ["in.jsonl, line 1", "ending4 is not a text"]),
+    "other format": (GOOD, ("--format", "alpaca"), ["in.jsonl, line 1", "instruction is missing"]),
+    "output a list": (
+        json.dumps(TASK | {"output": ["a"]}),
+        ("--format", "alpaca"),
+        ["in.jsonl, line 1", "output is not a text"],
+    ),
+    "input null": (
+        json.dumps(TASK | {"input": None}),
+        ("--format", "alpaca"),
+        ["in.jsonl, line 1", "input is not a text"],
+    ),
+    "half a character": (LONE_SURROGATE, ("--format", "alpaca"), ["in.jsonl, line 1", "instruction", "surrogate"]),
+    "row no object": (f"{GOOD}\n[1]", (), ["in.jsonl, line 2", "list"]),
+    "broken line": (f"{GOOD}\n\n{GOOD[:-5]}\n", (), ["in.jsonl, line 3", "not JSON"]),
+    "Chinese encoding": (GOOD.encode() + "中文".encode("gbk"), (), ["in.jsonl", "not UTF-8"]),
+    "no tokenizer": (GOOD, ("--tokenizer_path", "{tmp}"), ["--tokenizer_path", "no tokenizer"]),
+    "folder below a file": (GOOD, ("--output", "{tmp}/in.jsonl/set"), ["--output", "no writable folder"]),
+    "output is something else": (GOOD, ("--output", "{tmp}/mine"), ["--output", "mine", "not a tokenized set"]),
+    "output is a file": (GOOD, ("--output", "{tmp}/in.jsonl"), ["--output", "not a tokenized set"]),
+    "no output": (GOOD, ("--output", ""), ["--output is missing"]),
+    "no input": (GOOD, ("--input", ""), ["--input is missing"]),
+    "three mistakes at once": (
+        None,
+        ("--format", "medqa", "--max_length", "0"),
+        ["--input", "no such file", "--format medqa", "--max_length 0"],
+    ),
+}
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_a_message_and_writes_nothing(tmp_path, monkeypatch, capsys, folders, mistake):
+    content, flags, fragments = MISTAKES[mistake]
+    if content is not None:
+        (tmp_path / "in.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    before = tree(tmp_path)
+    command = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "set", "--tokenizer_path", folders["plain"]]
+    with pytest.raises(SystemExit) as ended:  # any other exception would be a traceback
+        run_main(monkeypatch, *command, *(flag.format(tmp=tmp_path) for flag in flags))
+    message = ended.value.code if isinstance(ended.value.code, str) else capsys.readouterr().err
+    assert ended.value.code != 0
+    assert [fragment for fragment in fragments if fragment not in message] == [], message
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [('{"instruction": "a", "output": "b"}', ["a list of rows", "dict"]), ("[\n{},\n{", ["line 3", "not JSON"])],
+)
+def test_a_json_file_that_is_no_list_is_named(tmp_path, monkeypatch, folders, content, fragments):
+    (tmp_path / "in.json").write_text(content)
+    command = ("--input", tmp_path / "in.json", "--format", "alpaca", "--tokenizer_path", folders["plain"])
+    with pytest.raises(SystemExit) as ended:
+        run_main(monkeypatch, *command, "--output", tmp_path / "set")
+    assert all(fragment in ended.value.code for fragment in [str(tmp_path / "in.json"), *fragments])
+    assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
+
+
+def test_a_row_of_a_json_list_is_named_by_its_number(tmp_path, monkeypatch, folders):
+    (tmp_path / "in.json").write_text(json.dumps([TASK, {"instruction": "a"}]))
+    command = ("--input", tmp_path / "in.json", "--format", "alpaca", "--tokenizer_path", folders["plain"])
+    with pytest.raises(SystemExit, match=r"in\.json, row 2: field output is missing"):
+        run_main(monkeypatch, *command, "--output", tmp_path / "set")
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path, monkeypatch):
+    PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer).save_pretrained(tmp_path / "no_eos")
+    raw = write_jsonl(tmp_path / "rows.jsonl", [QUESTION])
+    with pytest.raises(SystemExit, match="--tokenizer_path .*no_eos: it has no EOS token"):
+        run_main(monkeypatch, "--input", raw, "--tokenizer_path", tmp_path / "no_eos", "--output", tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_chat_template_that_cannot_be_masked_is_refused(tmp_path, monkeypatch):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML.replace("assistant\n", "assistant\n<think>\n")
+    tokenizer.save_pretrained(tmp_path / "thinking")
+    raw = write_jsonl(tmp_path / "rows.jsonl", [QUESTION])
+    with pytest.raises(SystemExit, match="chat template does not put the answer behind its generation prompt"):
+        run_main(monkeypatch, "--input", raw, "--tokenizer_path", tmp_path / "thinking", "--output", tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        (("--input", "missing.jsonl", "--format", "medqa", "--output", "tests"), ["--input", "--format", "--output"]),
+        (("--inptu", "missing.jsonl"), ["--inptu"]),
+    ],
+)
+def test_the_program_itself_ends_without_a_traceback(flags, fragments):
+    completed = run_script(SCRIPT, *flags, check=False)
+    assert completed.returncode not in (0, -9)
+    assert "Traceback" not in completed.stdout + completed.stderr
+    assert [fragment for fragment in fragments if fragment not in completed.stderr] == []
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Kills
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def assert_whole(folder: Path) -> None:
+    dataset = TokenizedDataset(folder)
+    assert len(dataset) == dataset.ledger["rows_written"] == dataset.ledger["rows"]["kept"]
+    assert sum(len(row["input_ids"]) for row in dataset) == dataset.ledger["tokens"]["kept"]
+    arrow = b"".join(path.read_bytes() for path in sorted(folder.glob("*.arrow")))
+    assert hashlib.sha256(arrow).hexdigest() == dataset.ledger["sha256"]
+
+
+def accepted_folders(root: Path) -> list[Path]:
+    """Every folder below, hidden ones too, that training would open; all of them must be whole."""
+    accepted = []
+    for folder in filter(Path.is_dir, root.rglob("*")):
+        try:
+            TokenizedDataset(folder)
+        except (ValueError, OSError):
+            continue
+        assert_whole(folder)
+        accepted.append(folder)
+    return accepted
+
+
+@pytest.mark.parametrize("moment", [".set-*", ".set-*/set/*.arrow", ".set-*/set/state.json", ".set-*/set/ledger.json"])
+def test_a_kill_while_writing_leaves_no_set_that_is_not_whole(tmp_path, monkeypatch, folders, moment):
+    raw = write_jsonl(tmp_path / "rows.jsonl", [TASK | {"output": "an answer of some length " * 800}] * 40)
+    command = ["--input", raw, "--format", "alpaca", "--tokenizer_path", folders["plain"], "--max_length", 10**6]
+    command += ["--output", tmp_path / "set"]
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not any(tmp_path.glob(moment)):
+        time.sleep(0.0005)
+    process.kill()
+    killed = process.wait() == -9
+    accepted = accepted_folders(tmp_path)
+    if moment in (".set-*", ".set-*/set/*.arrow"):
+        assert killed and accepted == []
+    if killed:
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".set-")] != []
+    run_main(monkeypatch, *command)  # what the kill left does not stand in the way
+    assert len(TokenizedDataset(tmp_path / "set")) == 40

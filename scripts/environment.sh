@@ -27,11 +27,14 @@ install_torch() {
   .venv/bin/python -m pip install "$torch"
 }
 
+# Written last: an interrupted installation is gone through again, and pip skips what is there.
+marker() {
+  echo ".venv/.complete-$(cat requirements.txt "$@" | cksum | cut -d' ' -f1)"
+}
+
 install() {
-  local python marker
-  # The marker is written last: an interrupted installation is gone through again, and pip skips what is there.
-  marker=.venv/.complete-$(cat requirements.txt "$@" | cksum | cut -d' ' -f1)
-  if [ -f "$marker" ] && [ -x .venv/bin/python ]; then
+  local python
+  if [ -f "$(marker "$@")" ] && [ -x .venv/bin/python ]; then
     log "environment: .venv is complete"
     return
   fi
@@ -51,5 +54,5 @@ install() {
   if [ "$#" -gt 0 ]; then
     .venv/bin/python -m pip install -r "$1"
   fi
-  touch "$marker"
+  touch "$(marker)" "$(marker "$@")"
 }

@@ -1,0 +1,143 @@
+"""What holds for the scripts as texts: short, standalone, the same flags, and the pieces they repeat kept equal."""
+
+import ast
+import dataclasses
+import importlib
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+TRAINING = ["finetune_pp.py", "finetune_pp_peft.py"]
+SCRIPTS = [*TRAINING, "test_sample.py"]
+LIMITS = {"finetune_pp.py": 300, "finetune_pp_peft.py": 300, "data_collator.py": 220}
+
+# The one table of defaults for every training script; None where the scripts differ on purpose.
+DEFAULTS = {
+    "model_path": "models/SmolLM2-135M-Instruct",
+    "dataset_path": "data_sample/tokenized/triage_train",
+    "eval_dataset_path": None,
+    "eval_steps": 100,
+    "per_device_eval_batch_size": 8,
+    "num_train_epochs": 1,
+    "max_steps": -1,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "weight_decay": 0,
+    "max_grad_norm": 1.0,
+    "logging_steps": 1,
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "seed": 42,
+    "bf16": "auto",
+    "padding_free": True,
+    "gradient_checkpointing": False,
+    "attn_implementation": "auto",
+    "torch_compile": False,
+    "resume_from_checkpoint": "False",
+    "use_cpu": False,
+    "report_to": "tensorboard",
+}
+PEFT_DEFAULTS = {
+    "peft_mode": "lora",
+    "peft_path": None,
+    "lora_rank": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "lora_target_modules": "all-linear",
+    "num_virtual_tokens": 32,
+    "mapping_hidden_dim": 1024,
+}
+
+
+def code_lines(path) -> int:
+    """Lines that are neither blank nor comment nor docstring."""
+    source = path.read_text(encoding="utf-8")
+    documentation = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            documentation |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(source.splitlines(), 1)
+    return sum(1 for i, line in lines if line.strip() and not line.strip().startswith("#") and i not in documentation)
+
+
+def functions(name) -> dict[str, str]:
+    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    return {node.name: ast.dump(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize(("name", "limit"), LIMITS.items())
+def test_a_script_can_be_read_in_five_minutes(name, limit):
+    assert code_lines(ROOT / name) <= limit
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "data_collator.py"])
+def test_no_script_imports_another(name):
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    own = {path.stem for path in ROOT.glob("*.py")} | {"tools", "tests", "data_sample"}
+    assert imported & own <= {"data_collator"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_importing_a_script_does_nothing(name, tmp_path):
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name[:-3]}"]
+    completed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert completed.returncode == 0 and completed.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_training_scripts_have_one_table_of_flags_and_defaults():
+    for name, extra, rate in (("finetune_pp", {}, 2e-5), ("finetune_pp_peft", PEFT_DEFAULTS, 1e-3)):
+        fields = {field.name: field.default for field in dataclasses.fields(importlib.import_module(name).Arguments)}
+        assert fields == DEFAULTS | extra | {"learning_rate": rate, "output_dir": f"outputs/{name}"}
+
+
+def test_flags_have_the_names_that_transformers_gives_them():
+    """Of all flags, only those without a counterpart in TrainingArguments have names of our own."""
+    from transformers import TrainingArguments
+
+    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = {"model_path", "dataset_path", "eval_dataset_path", "padding_free", "attn_implementation"}
+    assert DEFAULTS.keys() - theirs == own
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "tools/evaluate.py", "data_sample/tokenize_dataset.py"])
+def test_every_flag_has_help_and_every_script_shows_its_command(name):
+    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    assert f"python {name}" in ast.get_docstring(tree)
+    arguments = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Arguments")
+    for field in arguments.body:
+        call = ast.unparse(field.value)
+        assert "'help': " in call or (call.startswith("flag(") and len(field.value.args) == 2), field.target.id
+
+
+def test_pieces_that_scripts_repeat_are_equal():
+    plain, peft = functions("finetune_pp.py"), functions("finetune_pp_peft.py")
+    different = {"check_arguments", "load_model", "train", "save_model", "load_checkpoint", "main"}
+    shared = plain.keys() & peft.keys() - different
+    assert {"place_layers", "make_device_map", "make_optimizer", "forward", "evaluate", "save_checkpoint"} <= shared
+    assert [name for name in shared if plain[name] != peft[name]] == []
+    assert all(plain[name] != peft[name] for name in different)  # else the list above hides a piece that must be equal
+
+    tokenization, generation = functions("data_sample/tokenize_dataset.py"), functions("test_sample.py")
+    assert tokenization["render_prompt"] == generation["render_prompt"]
+    assert tokenization["adds_bos"] == generation["adds_bos"]
+
+
+def test_the_two_loops_differ_by_one_call():
+    """The strategy is in load_model and save_model; the loop is the same but for what a checkpoint loads."""
+    loops = []
+    for name in TRAINING:
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        loop = next(node for node in tree.body if getattr(node, "name", "") == "train")
+        loops.append(ast.unparse(loop).splitlines())
+    assert len(loops[0]) == len(loops[1])
+    assert sum(a != b for a, b in zip(*loops, strict=True)) == 1

@@ -69,6 +69,8 @@ class TokenizedDataset(Dataset):
                 f"no column {' and '.join(missing)} (columns: {', '.join(self.table.column_names)}); "
                 "make it with python data_sample/tokenize_dataset.py"
             )
+        if self.ledger.get("targets") == 0:
+            raise ValueError("no token in it is a target, so there is nothing to learn; tokenize rows with an answer")
         self.packed = "position_ids" in self.table.column_names
         columns = ["input_ids", "labels"] + ["position_ids"] * self.packed
         self.table = self.table.select_columns(columns).with_format("numpy")

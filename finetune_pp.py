@@ -310,7 +310,7 @@ def load_checkpoint(folder: Path, optimizer, lr_scheduler) -> dict:
 
 
 def main() -> None:
-    parser = HfArgumentParser(Arguments, description=__doc__, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
+    parser = HfArgumentParser(Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
     try:
         (args,) = parser.parse_args_into_dataclasses()
         config, tokenizer, sampler, eval_dataset, checkpoint = check_arguments(args)
@@ -322,7 +322,8 @@ def main() -> None:
     set_seed(args.seed)
     model = load_model(args, config, checkpoint, devices)
     if args.padding_free or sampler.dataset.packed:
-        data_collator.check_document_attention(model, config.vocab_size)
+        with torch.autocast(devices[0].type, torch.bfloat16, enabled=bf16):  # flash attention knows no float32
+            data_collator.check_document_attention(model, config.vocab_size)
     started, output_dir = time.perf_counter(), Path(args.output_dir)
     if not checkpoint:
         data_collator.set_former_run_aside(output_dir)

@@ -381,7 +381,7 @@ def load_checkpoint(folder: Path, model, optimizer, lr_scheduler) -> dict:
 
 
 def main() -> None:
-    parser = HfArgumentParser(Arguments, description=__doc__, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
+    parser = HfArgumentParser(Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
     try:
         (args,) = parser.parse_args_into_dataclasses()
         config, tokenizer, sampler, eval_dataset, checkpoint = check_arguments(args)

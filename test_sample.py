@@ -167,7 +167,7 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) ->
 
 
 def main() -> None:
-    parser = HfArgumentParser(Arguments, description=__doc__, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
+    parser = HfArgumentParser(Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
     try:
         (args,) = parser.parse_args_into_dataclasses()
         rows, template = check_arguments(args)

@@ -307,7 +307,7 @@ def print_ledger(ledger: dict, output: Path) -> None:
 def main() -> None:
     from transformers import AutoTokenizer, HfArgumentParser
 
-    parser = HfArgumentParser(Arguments, description=__doc__, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
+    parser = HfArgumentParser(Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
     try:
         (args,) = parser.parse_args_into_dataclasses()
         check_arguments(args)

@@ -487,6 +487,7 @@ def broken(tmp_path_factory):
     good = save_rows(random_rows(9), folder / "rows")
     no_labels = save_rows([{"input_ids": [1, 2, 3]}], folder / "no_labels")
     empty = save_rows([], folder / "empty")
+    no_target = save_rows([{"input_ids": [5, 6], "labels": [-100, -100]}], folder / "no_target", {"targets": 0})
     beyond = save_rows([{"input_ids": [5, 300], "labels": [-100, 300]}], folder / "beyond")
     packed_rows = [{"input_ids": [5, 6, 5, 6], "labels": [5, 6, 5, 6], "position_ids": [0, 1, 0, 1]}]
     packed = save_rows(packed_rows, folder / "packed")
@@ -499,7 +500,7 @@ def broken(tmp_path_factory):
     no_weights.mkdir()
     make_tokenizer().save_pretrained(no_weights)
     return {
-        "model": model, "rows": good, "no_labels": no_labels, "empty": empty, "beyond": beyond, "packed": packed,
+        "model": model, "rows": good, "no_labels": no_labels, "empty": empty, "beyond": beyond, "no_target": no_target, "packed": packed,
         "other": other, "unfinished": unfinished, "file": file, "no_weights": no_weights, "missing": folder / "none",
     }  # fmt: skip
 
@@ -513,6 +514,7 @@ MISTAKES = [
     ("--dataset_path {unfinished}", ["--dataset_path", "no ledger.json", "tokenize_dataset.py"]),
     ("--dataset_path {no_labels}", ["--dataset_path", "no column labels", "input_ids", "tokenize_dataset.py"]),
     ("--dataset_path {empty}", ["--dataset_path", "no rows", "ledger.json"]),
+    ("--dataset_path {no_target}", ["--dataset_path", "no token in it is a target"]),
     ("--dataset_path {beyond}", ["--dataset_path", "from 5 to 300", "vocabulary of 300", "--tokenizer_path"]),
     ("--dataset_path {other}", ["--dataset_path", "another tokenizer", "--tokenizer_path"]),
     ("--eval_dataset_path {missing}", ["--eval_dataset_path", "no such folder"]),

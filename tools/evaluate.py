@@ -169,7 +169,7 @@ def evaluate(model, questions, batch_size: int) -> dict:
 
 
 def main() -> None:
-    parser = HfArgumentParser(Arguments, description=__doc__, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
+    parser = HfArgumentParser(Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
     try:
         (args,) = parser.parse_args_into_dataclasses()
         questions = check_arguments(args)

@@ -500,7 +500,8 @@ def broken(tmp_path_factory):
     no_weights.mkdir()
     make_tokenizer().save_pretrained(no_weights)
     return {
-        "model": model, "rows": good, "no_labels": no_labels, "empty": empty, "beyond": beyond, "no_target": no_target, "packed": packed,
+        "model": model, "rows": good, "no_labels": no_labels, "empty": empty, "beyond": beyond,
+        "no_target": no_target, "packed": packed,
         "other": other, "unfinished": unfinished, "file": file, "no_weights": no_weights, "missing": folder / "none",
     }  # fmt: skip
 

@@ -29,6 +29,10 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 IGNORE_INDEX = -100  # a label that contributes no loss, as in torch.nn.functional.cross_entropy
+# What a resumed run must share with the interrupted one besides the order of rows, or it would be another run.
+SETTINGS = ("model_path", "peft_mode", "peft_path", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
+SETTINGS += ("num_virtual_tokens", "mapping_hidden_dim", "learning_rate", "lr_scheduler_type", "warmup_steps")
+SETTINGS += ("weight_decay", "max_grad_norm")
 FILLER = -1  # the index of a row without target, which completes the last optimizer step of an epoch
 
 
@@ -82,13 +86,12 @@ class TokenizedDataset(Dataset):
     def _check_ids(self, vocab_size: int) -> None:
         import pyarrow.compute as pc
 
-        for chunk in self.table.data.column("input_ids").chunks:
-            extremes = pc.min_max(chunk.flatten()).as_py()
-            if extremes["max"] is not None and (extremes["max"] >= vocab_size or extremes["min"] < 0):
-                raise ValueError(
-                    f"token ids from {extremes['min']} to {extremes['max']} do not fit the model's "
-                    f"vocabulary of {vocab_size}; tokenize again with --tokenizer_path MODEL"
-                )
+        for name, least in (("input_ids", 0), ("labels", IGNORE_INDEX)):
+            for chunk in self.table.data.column(name).chunks:
+                found = pc.min_max(chunk.flatten()).as_py()
+                if found["max"] is not None and (found["max"] >= vocab_size or found["min"] < least):
+                    raise ValueError(f"{name} from {found['min']} to {found['max']} do not fit the model's vocabulary "
+                                     f"of {vocab_size}; tokenize again with --tokenizer_path MODEL")  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.table)
@@ -117,13 +120,14 @@ class RowSampler(Sampler):
     def __init__(self, dataset: TokenizedDataset, rows_per_step: int, seed: int):
         self.dataset, self.rows_per_step, self.seed, self.epoch = dataset, rows_per_step, seed, 0
         self.steps_per_epoch = math.ceil(len(dataset) / rows_per_step)
+        self.settings: dict = {}  # a script puts its arguments here, so that no resumed run goes on with others
 
     @property
     def identity(self) -> dict:
-        """All that decides which rows an optimizer step sees."""
-        sha256 = self.dataset.ledger.get("sha256")
-        return {"dataset_sha256": sha256, "num_rows": len(self.dataset), "rows_per_step": self.rows_per_step,
-                "seed": self.seed}  # fmt: skip
+        """All that decides which rows an optimizer step sees, and the settings that a resumed run must share."""
+        rows = {"dataset_sha256": self.dataset.ledger.get("sha256"), "num_rows": len(self.dataset)}
+        rows |= {"rows_per_step": self.rows_per_step, "seed": self.seed}
+        return rows | {name: value for name, value in self.settings.items() if name in SETTINGS}
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -259,10 +263,11 @@ def complete_checkpoint(folder: Path, sampler: RowSampler, save_total_limit: int
     """Writes complete.json, which makes a checkpoint valid, and deletes the oldest complete ones beyond the limit."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
     os.sync()  # a power cut must not leave complete.json beside files that never reached the disk
-    (folder / "complete.tmp").write_text(json.dumps({"row_order": sampler.identity, "files": files}, indent=2))
+    complete = {"identity": sampler.identity, "files": files}
+    (folder / "complete.tmp").write_text(json.dumps(complete, indent=2))
     os.replace(folder / "complete.tmp", folder / "complete.json")
-    complete = [path for path in list_checkpoints(folder.parent) if (path / "complete.json").is_file()]
-    for outdated in complete[save_total_limit:]:
+    whole = [path for path in list_checkpoints(folder.parent) if (path / "complete.json").is_file()]
+    for outdated in whole[save_total_limit:]:
         (outdated / "complete.json").unlink()  # first: a half-deleted checkpoint is not complete
         shutil.rmtree(outdated)
 
@@ -274,7 +279,8 @@ def find_damage(folder: Path) -> str | None:
     try:
         complete = json.loads((folder / "complete.json").read_text())
         hashes = {name: file["sha256"] for name, file in complete["files"].items()}
-    except (ValueError, TypeError, KeyError):
+        assert complete["identity"]["num_rows"] > 0
+    except (ValueError, TypeError, KeyError, AssertionError):
         return "its complete.json is damaged"
     damaged = [name for name in hashes if not (folder / name).is_file() or sha256(folder / name) != hashes[name]]
     return f"missing or damaged: {', '.join(damaged)}" if damaged else None
@@ -289,13 +295,15 @@ def find_checkpoint(choice: str, output_dir: str, sampler: RowSampler) -> Path |
     Raises:
         ValueError: the folder is not complete, or its run saw rows in another order, so it could not be continued.
     """
-    candidates = {"False": [], "True": list_checkpoints(output_dir)}.get(choice, [Path(choice)])
-    for folder in candidates:
+    for folder in {"False": [], "True": list_checkpoints(output_dir)}.get(choice, [Path(choice)]):
         damage = find_damage(folder)
         if damage is None:
-            before = json.loads((folder / "complete.json").read_text()).get("row_order")
-            if before != sampler.identity:
-                raise ValueError(f"{folder} was trained on other rows: {before}, now {sampler.identity}")
+            before = json.loads((folder / "complete.json").read_text())["identity"]
+            if changed := {name: value for name, value in before.items() if value != sampler.identity.get(name)}:
+                raise ValueError(f"{folder} belongs to a run with {changed}; resume with the same")
+            newest = [path for path in list_checkpoints(output_dir) if (path / "complete.json").is_file()][:1]
+            if choice != "True" and newest and newest[0].resolve() != folder.resolve():
+                raise ValueError(f"the run would mix with {newest[0]}; choose another --output_dir")
             print(f"resuming from {folder}")
             return folder
         if choice != "True":
@@ -306,8 +314,11 @@ def find_checkpoint(choice: str, output_dir: str, sampler: RowSampler) -> Path |
     return None
 
 
-def set_former_run_aside(output_dir: Path) -> None:
-    """Renames a folder that holds a run, so that a new run neither overwrites it nor resumes from its checkpoints."""
+def set_former_run_aside(output_dir: Path, checkpoint: Path | None = None) -> None:
+    """Renames a folder that holds a run, unless that run is resumed from `checkpoint`: a new run would overwrite it."""
+    if checkpoint is not None:
+        (output_dir / "run.json").unlink(missing_ok=True)  # it is written again when the resumed run has finished
+        return
     if list_checkpoints(output_dir) or (output_dir / "run.json").is_file():
         former = output_dir.rename(f"{output_dir}.{time.strftime('%Y%m%d-%H%M%S')}")
         print(f"{output_dir} held a former run, which is now {former}")
@@ -321,15 +332,18 @@ def peak_memory() -> int:
 
 def write_receipt(output_dir: str | Path, arguments: dict, sampler: RowSampler, facts: dict) -> None:
     """Writes run.json, the last file of a run: what was run, on what, with which versions and data, and `facts`."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    command = [shutil.which("git") or "false", "rev-parse", "--verify", "HEAD"]  # a slim image may lack git
+    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     packages = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
     receipt = {
         "command": sys.argv,
         "arguments": arguments,
         "versions": {name: version(name) for name in packages},
-        "git_commit": git.stdout.strip() if git.returncode == 0 else None,
+        "git_commit": git or None,
         "dataset": sampler.dataset.ledger,
-        "row_order": sampler.identity,
+        "identity": sampler.identity,
+        "world_size": 1,
+        "peak_memory_bytes": [peak_memory()],
         **facts,
     }
     (Path(output_dir) / "run.tmp").write_text(json.dumps(receipt, indent=2, ensure_ascii=False), encoding="utf-8")

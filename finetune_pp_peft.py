@@ -34,7 +34,7 @@ CHOICES = {
     "peft_mode": tuple(PEFT_TYPES),
     "lr_scheduler_type": ("cosine", "linear", "constant_with_warmup"),
     "bf16": ("auto", "True", "False"),
-    "attn_implementation": ("auto", "sdpa", "eager", "flash_attention_2"),
+    "attn_implementation": ("auto", "sdpa", "eager"),
     "report_to": ("tensorboard", "none"),
 }
 LEAST = {"warmup_steps": 0, "weight_decay": 0, "lora_dropout": 0, "mapping_hidden_dim": 0, "seed": 0, "max_steps": -1}
@@ -76,7 +76,7 @@ class Arguments:
     bf16: str = flag("auto", "auto: compute in bf16 where the hardware is fast at it | True | False")
     padding_free: bool = flag(True, "join the rows of a batch instead of padding them")
     gradient_checkpointing: bool = flag(False, "recompute activations: a third more work, much less memory")
-    attn_implementation: str = flag("auto", "auto | sdpa | eager | flash_attention_2")
+    attn_implementation: str = flag("auto", "auto | sdpa | eager")
     torch_compile: bool = flag(False, "compile the model: minutes at first, then faster steps")
     resume_from_checkpoint: str = flag("False", "True: the newest complete one in output_dir; or a checkpoint folder")
     use_cpu: bool = flag(False, "leave the GPUs alone")
@@ -106,8 +106,8 @@ def check_arguments(args: Arguments):
     for name, value in asdict(args).items():
         if name in CHOICES and value not in CHOICES[name]:
             mistakes.append(f"--{name} {value}: choose from {', '.join(CHOICES[name])}")
-        elif type(value) in (int, float) and (value < LEAST.get(name, 0) or (value == 0 and name not in LEAST)):
-            mistakes.append(f"--{name} {value}: must be {f'at least {LEAST[name]}' if name in LEAST else 'above 0'}")
+        elif type(value) in (int, float) and not (LEAST.get(name, 1e-99) <= value < math.inf):
+            mistakes.append(f"--{name} {value}: must be {'>=' if name in LEAST else '>'} {LEAST.get(name, 0)}")
     folder = next(path for path in (Path(args.output_dir), *Path(args.output_dir).absolute().parents) if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         mistakes.append(f"--output_dir {args.output_dir}: {folder} is no writable folder; choose another")
@@ -122,6 +122,7 @@ def check_arguments(args: Arguments):
     if not mistakes:
         attempt("peft_mode", lambda mode: add_adapter(args, make_skeleton(config)))  # a rehearsal without weights
         sampler = RowSampler(dataset, args.per_device_train_batch_size * args.gradient_accumulation_steps, args.seed)
+        sampler.settings = asdict(args)
         checkpoint = attempt("resume_from_checkpoint", data_collator.find_checkpoint, args.output_dir, sampler)
     if mistakes:
         raise ValueError("\n".join(mistakes))
@@ -188,9 +189,8 @@ def make_device_map(config, devices: list[torch.device]) -> dict[str, torch.devi
 
 def use_bf16(choice: str, device: torch.device) -> bool:
     """bf16 where the hardware multiplies it fast; elsewhere it is tens of times slower than float32."""
-    is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if device.type == "cuda":
-        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu_is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    is_fast = cpu_is_fast if device.type == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
     return choice == "True" or (choice == "auto" and is_fast)
 
 
@@ -270,8 +270,10 @@ def make_optimizer(args: Arguments, model: torch.nn.Module, num_steps: int):
 def forward(model, batch: dict[str, torch.Tensor], device: torch.device, bf16: bool, num_items: int) -> torch.Tensor:
     """The summed loss of a batch's targets, divided by `num_items`."""
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        # A list selects on any device: the last layer may lie on another one than the indices would be moved to.
+        spread = len(getattr(model, "hf_device_map", ())) > 1
+        batch = {name: t.tolist() if spread and name == "logits_to_keep" else t.to(device) for name, t in batch.items()}
         # With a cache, transformers would not notice that a row holds several documents.
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
         return model(**batch, num_items_in_batch=num_items, use_cache=False).loss
 
 
@@ -311,11 +313,11 @@ def train(args: Arguments, model, tokenizer, sampler, eval_dataset, checkpoint, 
         for batch in micro_batches:
             micro_loss = forward(model, batch, device, bf16, targets)
             micro_loss.backward()
-            loss += micro_loss.item()
+            loss += micro_loss.item()  # waits for the device, as the update after the last one would
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm).item()
         if not math.isfinite(loss + grad_norm):
             sys.exit(f"error: step {step + 1} has loss {loss} and gradient norm {grad_norm}; the weights were not "
-                     "updated and the last checkpoint is good; lower --learning_rate")  # fmt: skip
+                     "updated, and checkpoints saved before are good; lower --learning_rate")  # fmt: skip
         step, tokens = step + 1, tokens + num_tokens
         log = {"step": step, "epoch": step / sampler.steps_per_epoch, "loss": loss, "grad_norm": grad_norm}
         log |= {"learning_rate": optimizer.param_groups[0]["lr"], "num_input_tokens_seen": tokens}
@@ -350,12 +352,13 @@ def save_model(model: peft.PeftModel, tokenizer, folder: Path) -> None:
     """Writes the adapter in PEFT's format and the tokenizer; every tensor is read back and compared."""
     model.save_pretrained(folder, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
-    saved = load_file(folder / "adapter_model.safetensors")
-    trained = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    if saved.keys() != trained.keys() or not all(torch.equal(saved[name], trained[name].cpu()) for name in saved):
-        raise OSError(f"{folder}: adapter_model.safetensors is not what was trained")
     trainable = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     save_file(trainable, folder / "trainable.safetensors")
+    adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    for file, trained in {"adapter_model.safetensors": adapter, "trainable.safetensors": trainable}.items():
+        saved = load_file(folder / file)
+        if saved.keys() != trained.keys() or not all(torch.equal(saved[name], trained[name].cpu()) for name in saved):
+            raise OSError(f"{folder}: {file} is not what was trained")
 
 
 def save_checkpoint(args: Arguments, model, tokenizer, optimizer, lr_scheduler, sampler, state: dict) -> None:
@@ -372,7 +375,7 @@ def save_checkpoint(args: Arguments, model, tokenizer, optimizer, lr_scheduler, 
 def load_checkpoint(folder: Path, model, optimizer, lr_scheduler) -> dict:
     """Puts weights, optimizer, schedule and random numbers back; returns the state."""
     load_adapter(model, folder)
-    parts = torch.load(folder / "training_state.pt", weights_only=True)
+    parts = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(parts["optimizer"])
     lr_scheduler.load_state_dict(parts["lr_scheduler"])
     torch.set_rng_state(parts["rng"]["cpu"])
@@ -392,17 +395,15 @@ def main() -> None:
     bf16 = use_bf16(args.bf16, devices[0])
     set_seed(args.seed)
     model = load_model(args, config, devices, bf16)
-    model.print_trainable_parameters()
     if args.padding_free or sampler.dataset.packed:
         data_collator.check_document_attention(model, config.vocab_size)
     started, output_dir = time.perf_counter(), Path(args.output_dir)
-    if not checkpoint:
-        data_collator.set_former_run_aside(output_dir)
+    data_collator.set_former_run_aside(output_dir, checkpoint)
     num_tokens = train(args, model, tokenizer, sampler, eval_dataset, checkpoint, devices[0], bf16)
     save_model(model, tokenizer, output_dir)
     seconds = time.perf_counter() - started
-    facts = {"devices": [str(device) for device in devices], "world_size": 1, "wall_time_seconds": seconds}
-    facts |= {"tokens_per_second": num_tokens / seconds, "peak_memory_bytes": [data_collator.peak_memory()]}
+    facts = {"devices": [str(device) for device in devices], "wall_time_seconds": seconds}
+    facts["tokens_per_second"] = num_tokens / seconds
     data_collator.write_receipt(output_dir, asdict(args), sampler, facts)
 
 

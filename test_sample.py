@@ -82,7 +82,9 @@ def check_arguments(args: Arguments) -> tuple[list[dict], dict]:
     try:
         text = Path(args.test_path).read_text(encoding="utf-8-sig")
         rows = (
-            json.loads(text) if args.test_path.endswith(".json") else [json.loads(line) for line in text.splitlines()]
+            json.loads(text)
+            if args.test_path.endswith(".json")
+            else [json.loads(line) for line in text.split("\n") if line.strip()]
         )
         for row in rows[: args.num_samples] if template else []:
             render_prompt(row, template)
@@ -177,7 +179,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model_path)
     model = load_model(args, device)
     print(f"model {args.model_path}, adapter {args.peft_path or 'none'}")
-    prompts = [encode_prompt(tokenizer, render_prompt(row, template), template["chat"]) for row in rows]
+    chat = template["chat"] and tokenizer.chat_template is not None
+    prompts = [encode_prompt(tokenizer, render_prompt(row, template), chat) for row in rows]
     batch_size = args.per_device_eval_batch_size
     if args.peft_path and model.active_peft_config.is_prompt_learning:
         batch_size = 1  # virtual tokens stand before the padding, so padding would move them away from the prompt
@@ -185,7 +188,7 @@ def main() -> None:
         batch = range(start, min(start + batch_size, len(rows)))
         answers = generate(model, tokenizer, [prompts[i] for i in batch], args.max_new_tokens)
         for i, answer in zip(batch, answers, strict=True):
-            expected = rows[i][f"ending{rows[i]['label']}"] if template["format"] == "mcq" else rows[i]["output"]
+            expected = rows[i].get("output", rows[i].get(f"ending{rows[i].get('label')}", "not given"))
             tqdm.write(f"\n--- {i + 1}\n{render_prompt(rows[i], template)}")
             tqdm.write(f"answer:   {tokenizer.decode(answer, skip_special_tokens=True)}\nexpected: {expected}")
 

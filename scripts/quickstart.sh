@@ -40,7 +40,8 @@ log "evaluation on questions that training never saw"
 # run.json is a run's last file, so an older result belongs to a former run.
 [ "$results/tuned.json" -nt "$run/run.json" ] ||
   $python tools/evaluate.py --peft_path "$run" --output "$results/tuned.json"
-$python test_sample.py --num_samples 1 --model_path "$model" >"$results/base.txt" 2>/dev/null
-$python test_sample.py --num_samples 1 --peft_path "$run" >"$results/tuned.txt" 2>/dev/null
+[ -s "$results/base.txt" ] || $python test_sample.py --num_samples 1 --model_path "$model" >"$results/base.txt"
+[ "$results/tuned.txt" -nt "$run/run.json" ] ||
+  $python test_sample.py --num_samples 1 --peft_path "$run" >"$results/tuned.txt"
 $python tools/show_gain.py "$results"
 log "done in $((SECONDS / 60)) min $((SECONDS % 60)) s; next: python test_sample.py, and README.md for the other strategies"

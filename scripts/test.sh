@@ -11,4 +11,4 @@ log "ruff"
 .venv/bin/ruff format --check .
 log "pytest"
 # Two workers with one thread each: the tests are many small processes, which would fight over the cores otherwise.
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m "not slow" -n 2 --dist loadgroup --durations=10 "$@"
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadgroup --durations=10 "$@"

@@ -460,7 +460,7 @@ def test_a_complete_checkpoint_has_no_damage_and_lists_every_file(tmp_path, samp
         "trainer_state.json": len('{"global_step": 3}'),
         "weights.safetensors": 3 * 256,
     }
-    assert complete["row_order"] == sampler.identity
+    assert complete["identity"] == sampler.identity
     assert sorted(path.name for path in folder.iterdir()) == sorted(["complete.json", *complete["files"]])
 
 
@@ -499,7 +499,7 @@ def test_a_damaged_file_is_found_and_the_checkpoint_before_it_is_used(tmp_path, 
         find_checkpoint(str(folder), str(tmp_path), sampler)
 
 
-@pytest.mark.parametrize("content", ["", '{"row_order": {}, "fi', "[]", "{}"])
+@pytest.mark.parametrize("content", ["", '{"identity": {}, "fi', "[]", "{}"])
 def test_a_damaged_mark_is_damage_and_not_a_crash(tmp_path, sampler, content):
     save_checkpoint(tmp_path, 20, sampler)
     folder = save_checkpoint(tmp_path, 100, sampler)
@@ -517,8 +517,8 @@ def test_no_flipped_byte_of_the_mark_makes_a_crash(tmp_path, sampler):
         try:
             outcomes.add(find_checkpoint(str(folder), str(tmp_path), sampler))
         except ValueError as refused:
-            outcomes.add(next(word for word in ("damaged", "other rows") if word in str(refused)))
-    assert outcomes == {"damaged", "other rows", folder}  # the size in bytes and white space decide nothing
+            outcomes.add(next(word for word in ("damaged", "belongs to") if word in str(refused)))
+    assert outcomes == {"damaged", "belongs to", folder}  # the size in bytes and white space decide nothing
 
 
 def test_only_complete_checkpoints_count_for_the_limit(tmp_path, sampler):
@@ -538,7 +538,7 @@ def test_a_checkpoint_of_another_row_order_is_refused(tmp_path, sampler, change)
         arguments["dataset"] = TokenizedDataset(save_rows(random_rows(22, seed=1), tmp_path / "other"))
     other = RowSampler(**arguments)
     for choice in ("True", str(folder)):
-        with pytest.raises(ValueError, match="checkpoint-20 was trained on other rows"):
+        with pytest.raises(ValueError, match="checkpoint-20 belongs to a run with"):
             find_checkpoint(choice, str(tmp_path / "run"), other)
     assert find_checkpoint(str(folder), str(tmp_path / "run"), sampler) == folder
 
@@ -570,7 +570,7 @@ def test_the_receipt_names_arguments_versions_data_and_row_order(tmp_path, sampl
     assert receipt["arguments"] == {"learning_rate": 1e-3}
     assert receipt["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert receipt["dataset"] == sampler.dataset.ledger
-    assert receipt["row_order"] == {
+    assert receipt["identity"] == {
         "dataset_sha256": sampler.dataset.ledger["sha256"],
         "num_rows": 22,
         "rows_per_step": 8,

@@ -97,6 +97,9 @@ def test_a_step_gives_the_same_numbers_however_it_is_cut(strategy, tiny_model, t
         assert_same_run(tmp_path / cut, tmp_path / "8x1-True", start)
 
 
+NUM_STEPS = 40
+
+
 def start_slow_run(script, *flags):
     """A run in the background that saves after every step."""
     return subprocess.Popen(
@@ -120,13 +123,19 @@ def kill_while_saving(process, output_dir, after_step):
     pytest.fail(f"the run ended with {process.returncode} before it could be killed")
 
 
+def newest_complete(output_dir):
+    return max((int(path.parent.name[11:]) for path in output_dir.glob("checkpoint-*/complete.json")), default=0)
+
+
 def kill_at_random(process, output_dir):
-    """SIGKILL at a random moment after the first checkpoint began."""
-    while not list(output_dir.glob("checkpoint-*")) and process.poll() is None:
+    """SIGKILL at a random moment after the run has completed a checkpoint of its own."""
+    before = newest_complete(output_dir)
+    while newest_complete(output_dir) <= before and process.poll() is None:
         time.sleep(0.01)
-    time.sleep(random.uniform(0, 1))
+    time.sleep(random.uniform(0, 0.5))
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL  # it was still training
+    assert newest_complete(output_dir) > before
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -137,25 +146,30 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(strategy, tmp_path)
     (model / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))  # the modes but lora have none
     data = save_rows(random_rows(22), tmp_path / "rows")
     name, mode_flags = STRATEGIES[strategy]
-    flags = ["--model_path", model, "--dataset_path", data, "--num_train_epochs", 8, "--save_steps", 1, *FAST]
+    flags = ["--model_path", model, "--dataset_path", data, "--max_steps", NUM_STEPS, "--save_steps", 1, *FAST]
     flags += ["--learning_rate", 1e-2, *mode_flags]
     run_script(f"{name}.py", *flags, "--output_dir", tmp_path / "whole")
 
     torn = tmp_path / "torn"
     resume = [*flags, "--output_dir", torn, "--resume_from_checkpoint", "True"]
     half = kill_while_saving(start_slow_run(f"{name}.py", *resume), torn, after_step=3)
+    assert newest_complete(torn) >= 2
     kill_at_random(start_slow_run(f"{name}.py", *resume), torn)
-    half.mkdir(exist_ok=True)
-    (half / "complete.json").unlink(missing_ok=True)  # if the second run went past it, make it a half again
-    output = run_script(f"{name}.py", *resume).stdout
-    assert "resuming from" in output or "starting from the beginning" in output
+    half.mkdir(exist_ok=True)  # the second run has replaced it; a half one must be passed over once more
+    if int(half.name[11:]) < newest_complete(torn):
+        (half / "complete.json").unlink(missing_ok=True)
+    last = newest_complete(torn)
+    assert 3 <= last < NUM_STEPS
+    assert f"resuming from {torn}/checkpoint-{last}\n" in run_script(f"{name}.py", *resume).stdout
 
     assert history_of(torn) == history_of(tmp_path / "whole")
-    assert len(history_of(torn)) == 24
+    assert len(history_of(torn)) == NUM_STEPS
     expected, found = weights_of(tmp_path / "whole"), weights_of(torn)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
-    states = [torch.load(folder / "checkpoint-24" / "training_state.pt") for folder in (tmp_path / "whole", torn)]
+    states = [
+        torch.load(folder / f"checkpoint-{NUM_STEPS}" / "training_state.pt") for folder in (tmp_path / "whole", torn)
+    ]
     assert torch.equal(states[0]["rng"]["cpu"], states[1]["rng"]["cpu"])
     for mine, theirs in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
         assert all(torch.equal(mine[key], theirs[key]) and mine[key].dtype == torch.float32 for key in mine)
@@ -343,8 +357,8 @@ def test_what_a_run_leaves(tiny_model, tiny_set, tmp_path):
     assert receipt["arguments"]["learning_rate"] == 1e-3
     assert receipt["versions"]["torch"] == torch.__version__
     assert receipt["world_size"] == 1 and receipt["devices"] == ["cpu"]
-    assert receipt["row_order"] == {"dataset_sha256": receipt["dataset"]["sha256"], "num_rows": 22, "rows_per_step": 8,
-                                    "seed": 42}  # fmt: skip
+    rows = {"dataset_sha256": receipt["dataset"]["sha256"], "num_rows": 22, "rows_per_step": 8, "seed": 42}
+    assert rows.items() <= receipt["identity"].items()
     assert receipt["tokens_per_second"] > 0 and receipt["peak_memory_bytes"][0] > 1e8
     assert list((out / "runs").glob("events.out.tfevents.*"))
 
@@ -443,6 +457,24 @@ def test_every_weight_has_one_device_in_any_family(family, tied, num_devices):
     assert device_map[names[skeleton.get_output_embeddings()]] == devices[0 if tied else -1]
 
 
+@pytest.mark.parametrize("strategy", ["full", "lora", "ptuning", "prompt"])  # a prefix's cache must follow real devices
+def test_a_model_that_is_spread_with_hooks_gives_the_same_gradients(strategy, tiny_model, tiny_set):
+    """The hooks that move tensors between devices, here all on one: what forward() passes survives them unchanged."""
+    from accelerate import dispatch_model
+
+    no_dropout = ["--lora_dropout", 0] if strategy == "lora" else []
+    plain = gradients_of_one_batch(*prepare(strategy, tiny_model, tiny_set, *no_dropout))
+    module, args, sampler, model = prepare(strategy, tiny_model, tiny_set, *no_dropout)
+    base = model if strategy == "full" else model.get_base_model()
+    places = module.make_device_map(base.config, [torch.device("cpu")] * 2)
+    if strategy == "lora":  # PEFT has wrapped the linear layers, whose block stays one place
+        assert all(".self_attn" not in name for name in places)
+    dispatch_model(base, {name: "cpu" for name in places}, force_hooks=True)
+    assert len(base.hf_device_map) > 1 and hasattr(base, "_hf_hook")
+    hooked = gradients_of_one_batch(module, args, sampler, model)
+    assert all(torch.equal(gradient, hooked[name]) for name, gradient in plain.items())
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("tied", [False, True])
@@ -516,22 +548,24 @@ MISTAKES = [
     ("--dataset_path {no_labels}", ["--dataset_path", "no column labels", "input_ids", "tokenize_dataset.py"]),
     ("--dataset_path {empty}", ["--dataset_path", "no rows", "ledger.json"]),
     ("--dataset_path {no_target}", ["--dataset_path", "no token in it is a target"]),
-    ("--dataset_path {beyond}", ["--dataset_path", "from 5 to 300", "vocabulary of 300", "--tokenizer_path"]),
+    ("--dataset_path {beyond}", ["--dataset_path", "input_ids from 5 to 300", "vocabulary of 300", "--tokenizer_path"]),
     ("--dataset_path {other}", ["--dataset_path", "another tokenizer", "--tokenizer_path"]),
     ("--eval_dataset_path {missing}", ["--eval_dataset_path", "no such folder"]),
     ("--output_dir {file}/out", ["--output_dir", "no writable folder", "choose another"]),
     ("--learnin_rate 1", ["--learnin_rate", "--help"]),
-    ("--learning_rate 0", ["--learning_rate 0", "above 0"]),
-    ("--weight_decay -1", ["--weight_decay -1", "at least 0"]),
-    ("--per_device_train_batch_size 0", ["--per_device_train_batch_size 0", "above 0"]),
+    ("--learning_rate nan", ["--learning_rate nan", "> 0"]),
+    ("--num_train_epochs inf", ["--num_train_epochs inf", "> 0"]),
+    ("--learning_rate 0", ["--learning_rate 0", "> 0"]),
+    ("--weight_decay -1", ["--weight_decay -1", ">= 0"]),
+    ("--per_device_train_batch_size 0", ["--per_device_train_batch_size 0", "> 0"]),
     ("--lr_scheduler_type step", ["--lr_scheduler_type step", "cosine, linear"]),
     ("--bf16 yes", ["--bf16 yes", "auto, True, False"]),
     ("--resume_from_checkpoint {missing}", ["--resume_from_checkpoint", "{missing}", "no complete.json"]),
     ("--gradient_accumulation_steps 0 --dataset_path {missing}",
-     ["--gradient_accumulation_steps 0", "above 0", "--dataset_path", "no such folder"]),
+     ["--gradient_accumulation_steps 0", "> 0", "--dataset_path", "no such folder"]),
 ]  # fmt: skip
 PEFT_MISTAKES = [
-    ("--lora_rank 0", ["--lora_rank 0", "above 0"]),
+    ("--lora_rank 0", ["--lora_rank 0", "> 0"]),
     ("--peft_mode adapter", ["--peft_mode adapter", "lora, prefix, ptuning, prompt"]),
     ("--peft_mode adapter --lora_rank -4", ["--peft_mode adapter", "--lora_rank -4"]),
     ("--lora_target_modules q_proj,query", ["--lora_target_modules query", "matches no layer"]),
@@ -578,9 +612,12 @@ def test_resuming_with_other_rows_is_refused(tiny_model, tiny_set, tmp_path):
     flags = ["--model_path", tiny_model, "--output_dir", tmp_path / "out", *FAST]
     run_script("finetune_pp.py", *flags, "--dataset_path", tiny_set, "--max_steps", 1)
     module = importlib.import_module("finetune_pp")
+    args = parse(module, *flags, "--dataset_path", tiny_set, "--learning_rate", 1, "--resume_from_checkpoint", "True")
+    with pytest.raises(ValueError, match="belongs to a run with .*learning_rate.: 2e-05"):
+        module.check_arguments(args)
     others = save_rows(random_rows(22, seed=5), tmp_path / "others")
     for change in (["--seed", 7], ["--per_device_train_batch_size", 4], ["--dataset_path", others]):
         rows = [] if change[0] == "--dataset_path" else ["--dataset_path", tiny_set]
         args = parse(module, *flags, *rows, *change, "--resume_from_checkpoint", "True")
-        with pytest.raises(ValueError, match="was trained on other rows"):
+        with pytest.raises(ValueError, match="belongs to a run with"):
             module.check_arguments(args)

@@ -119,6 +119,18 @@ def test_a_missing_adapter_is_an_error_and_never_a_base_model(workplace, monkeyp
     assert "no adapter_config.json" in stop_message(monkeypatch, "--peft_path", "outputs/none")
 
 
+def test_the_adapter_that_finished_last_is_the_newest(workplace):
+    for number, name in enumerate(("first", "last", "full", "interrupted")):
+        folder = workplace / "outputs" / name
+        folder.mkdir(parents=True)
+        if name != "full":
+            (folder / "adapter_config.json").write_text("{}")
+        if name != "interrupted":
+            (folder / "run.json").write_text("{}")
+            os.utime(folder / "run.json", (1000 + number, 1000 + number))
+    assert test_sample.find_newest_adapter() == "outputs/last"
+
+
 def test_mistakes_are_reported_together(workplace, monkeypatch):
     (workplace / "empty.jsonl").write_text("")
     (workplace / "other.jsonl").write_text('{"sent1": "no options"}\n')

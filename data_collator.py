@@ -293,7 +293,7 @@ def find_checkpoint(choice: str, output_dir: str, sampler: RowSampler) -> Path |
         choice: `True` for the newest complete one in `output_dir`, `False` for none, or a folder.
 
     Raises:
-        ValueError: the folder is not complete, or its run saw rows in another order, so it could not be continued.
+        ValueError: the folder is not complete, its run had other rows or settings, or output_dir holds a newer one.
     """
     for folder in {"False": [], "True": list_checkpoints(output_dir)}.get(choice, [Path(choice)]):
         damage = find_damage(folder)

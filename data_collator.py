@@ -18,14 +18,20 @@ import math
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
 IGNORE_INDEX = -100  # a label that contributes no loss, as in torch.nn.functional.cross_entropy
@@ -34,6 +40,36 @@ SETTINGS = ("model_path", "peft_mode", "peft_path", "lora_rank", "lora_alpha", "
 SETTINGS += ("num_virtual_tokens", "mapping_hidden_dim", "learning_rate", "lr_scheduler_type", "warmup_steps")
 SETTINGS += ("weight_decay", "max_grad_norm")
 FILLER = -1  # the index of a row without target, which completes the last optimizer step of an epoch
+
+
+def find_mistakes(args, least: dict[str, float]) -> list[str]:
+    """What is wrong with a script's flags taken by themselves: one message each, with the flag and the remedy.
+
+    Args:
+        args: a dataclass; the choices of a field stand in its metadata, as "a|b|c".
+        least: the smallest value of a number, where it is not "above 0".
+    """
+    mistakes = []
+    for flag in fields(args):
+        name, value, choices = flag.name, getattr(args, flag.name), flag.metadata.get("metavar")
+        if choices and value not in choices.split("|"):
+            mistakes.append(f"--{name} {value}: choose from {choices}")
+        elif type(value) in (int, float) and not (least.get(name, 1e-99) <= value < math.inf):
+            mistakes.append(f"--{name} {value}: must be {'>=' if name in least else '>'} {least.get(name, 0)}")
+    folder = next(path for path in (Path(args.output_dir), *Path(args.output_dir).absolute().parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        mistakes.append(f"--output_dir {args.output_dir}: {folder} is no writable folder; choose another")
+    num_processes, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if num_processes > max(1, num_gpus) and not args.use_cpu:
+        mistakes.append(f"--use_cpu False: {num_processes} processes need as many GPUs, and there are {num_gpus}")
+    return mistakes
+
+
+def use_bf16(choice: str, use_cpu: bool) -> bool:
+    """bf16 where the hardware multiplies it fast; elsewhere it is tens of times slower than float32."""
+    cpu_is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    is_fast = cpu_is_fast if use_cpu else torch.cuda.is_bf16_supported(including_emulation=False)
+    return choice == "True" or (choice == "auto" and is_fast)
 
 
 class TokenizedDataset(Dataset):
@@ -56,28 +92,24 @@ class TokenizedDataset(Dataset):
 
         if not Path(path).is_dir():
             raise FileNotFoundError("no such folder; make it with python data_sample/tokenize_dataset.py")
-        if not (Path(path) / "ledger.json").is_file():
-            raise FileNotFoundError(
-                "no ledger.json in it: not a tokenized set, or one that was not finished; "
-                "make it with python data_sample/tokenize_dataset.py"
-            )
-        self.path = Path(path)
-        self.ledger = json.loads((self.path / "ledger.json").read_text(encoding="utf-8"))
+        ledger = Path(path) / "ledger.json"
+        if not ledger.is_file():
+            raise FileNotFoundError("no ledger.json in it: not a tokenized set, or one that was not finished; make it "
+                                    "with python data_sample/tokenize_dataset.py")  # fmt: skip
+        self.ledger = json.loads(ledger.read_text(encoding="utf-8"))
         # load_from_disk fails on a set that was saved without rows.
-        self.table = load_from_disk(str(path)) if any(self.path.glob("*.arrow")) else []
+        self.table = load_from_disk(str(path)) if any(Path(path).glob("*.arrow")) else []
         if len(self.table) == 0:
             raise ValueError("it has no rows; its ledger.json says why each input row was dropped")
-        missing = [name for name in ("input_ids", "labels") if name not in self.table.column_names]
-        if missing:
-            raise ValueError(
-                f"no column {' and '.join(missing)} (columns: {', '.join(self.table.column_names)}); "
-                "make it with python data_sample/tokenize_dataset.py"
-            )
+        names = self.table.column_names
+        if missing := [name for name in ("input_ids", "labels") if name not in names]:
+            raise ValueError(f"no column {' and '.join(missing)} (columns: {', '.join(names)}); make it with "
+                             "python data_sample/tokenize_dataset.py")  # fmt: skip
         if self.ledger.get("targets") == 0:
             raise ValueError("no token in it is a target, so there is nothing to learn; tokenize rows with an answer")
-        self.packed = "position_ids" in self.table.column_names
-        columns = ["input_ids", "labels"] + ["position_ids"] * self.packed
-        self.table = self.table.select_columns(columns).with_format("numpy")
+        self.packed = "position_ids" in names
+        self.table = self.table.select_columns(["input_ids", "labels"] + ["position_ids"] * self.packed)
+        self.table = self.table.with_format("numpy")
         if config:
             self._check_ids(config.vocab_size)
         if tokenizer and self.ledger.get("vocabulary_sha256", vocabulary_hash(tokenizer)) != vocabulary_hash(tokenizer):
@@ -102,6 +134,11 @@ class TokenizedDataset(Dataset):
             row = {"input_ids": torch.zeros(1, dtype=torch.int64), "labels": torch.full((1,), IGNORE_INDEX)}
             return row | ({"position_ids": torch.zeros(1, dtype=torch.int64)} if self.packed else {})
         return {name: torch.from_numpy(ids.astype(np.int64)) for name, ids in self.table[int(index)].items()}
+
+
+@lru_cache(maxsize=2)
+def row_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
 class RowSampler(Sampler):
@@ -136,23 +173,14 @@ class RowSampler(Sampler):
         return self.steps_per_epoch * self.rows_per_step
 
     def __iter__(self):
-        yield from np.random.default_rng([self.seed, self.epoch]).permutation(len(self.dataset)).tolist()
+        yield from row_order(self.seed, self.epoch, len(self.dataset)).tolist()
         yield from [FILLER] * (len(self) - len(self.dataset))
 
-    def steps(self, collate: "DataCollator", batch_size: int, global_step: int = 0):
-        """Yields without end, from optimizer step `global_step` on, the micro-batches of a step and its token count.
-
-        For a loop in one process, which can leave out fillers: the last step of an epoch may have fewer micro-batches.
-        """
-        while True:
-            epoch, step = divmod(global_step, self.steps_per_epoch)
-            self.set_epoch(epoch)
-            order = [index for index in self if index != FILLER]
-            for start in range(step * self.rows_per_step, len(order), self.rows_per_step):
-                rows = [self.dataset[index] for index in order[start : start + self.rows_per_step]]
-                batches = [collate(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
-                yield batches, sum(len(row["input_ids"]) for row in rows)
-                global_step += 1
+    def rows_of(self, step: int) -> list[dict[str, torch.Tensor]]:
+        """The rows of optimizer step `step`, counted from 0 over all epochs; an epoch's last step may have fewer."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        order = row_order(self.seed, epoch, len(self.dataset))
+        return [self.dataset[index] for index in order[step * self.rows_per_step :][: self.rows_per_step]]
 
 
 class DataCollator:
@@ -175,10 +203,8 @@ class DataCollator:
         packed = "position_ids" in rows[0]
         input_ids = [row["input_ids"] for row in rows]
         positions = [row["position_ids"] if packed else torch.arange(len(row["input_ids"])) for row in rows]
-        labels = [
-            row["labels"].masked_fill(position == 0, IGNORE_INDEX)
-            for row, position in zip(rows, positions, strict=True)
-        ]
+        pairs = zip(rows, positions, strict=True)
+        labels = [row["labels"].masked_fill(position == 0, IGNORE_INDEX) for row, position in pairs]
         if self.padding_free:
             labels = torch.cat(labels)
             positions_with_target = torch.nonzero(labels != IGNORE_INDEX).flatten()
@@ -189,26 +215,21 @@ class DataCollator:
                 "logits_to_keep": positions_with_target - 1,  # the logits at position p predict the token at p + 1
                 "shift_labels": labels[positions_with_target][None],
             }
-        longest = max(len(ids) for ids in input_ids)
-        batch = {"input_ids": pad(input_ids, longest, 0), "labels": pad(labels, longest, IGNORE_INDEX)}
+        batch = {"input_ids": pad_sequence(input_ids, True), "labels": pad_sequence(labels, True, IGNORE_INDEX)}
         if packed:
-            batch["position_ids"] = torch.stack(
-                [torch.cat([position, torch.arange(longest - len(position))]) for position in positions]
-            )
+            longest = batch["input_ids"].shape[1]
+            padding = [torch.arange(longest - len(position)) for position in positions]
+            batch["position_ids"] = torch.stack([torch.cat(pair) for pair in zip(positions, padding, strict=True)])
         else:
-            batch["attention_mask"] = pad([torch.ones_like(ids) for ids in input_ids], longest, 0)
+            batch["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids in input_ids], True)
         return batch
 
 
-def pad(sequences: list[torch.Tensor], length: int, value: int) -> torch.Tensor:
-    """Right-pads 1-D tensors to `length` and stacks them: [len(sequences), length]."""
-    return torch.stack([torch.nn.functional.pad(ids, (0, length - len(ids)), value=value) for ids in sequences])
-
-
-def batches(dataset: TokenizedDataset, collate: DataCollator, batch_size: int):
-    """All rows in their order, for evaluation."""
-    for start in range(0, len(dataset), batch_size):
-        yield collate([dataset[index] for index in range(start, min(start + batch_size, len(dataset)))])
+def batches(dataset: TokenizedDataset, collate: DataCollator, batch_size: int, rank: int = 0, num_ranks: int = 1):
+    """All rows in their order, for evaluation: a rank's share, in as many batches as every other rank gets."""
+    for start in range(rank * batch_size, len(dataset) + rank * batch_size, num_ranks * batch_size):
+        rows = range(start, min(start + batch_size, len(dataset)))
+        yield collate([dataset[index] for index in rows or [FILLER]])
 
 
 def num_targets(batch: dict[str, torch.Tensor]) -> int:
@@ -219,6 +240,91 @@ def num_targets(batch: dict[str, torch.Tensor]) -> int:
 def vocabulary_hash(tokenizer) -> str:
     """SHA-256 of the token-to-id table: two tokenizers with the same hash give ids the same meaning."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+class RowTrainer:
+    """What the three Trainer scripts do alike, as a mixin before transformers.Trainer.
+
+    The rows come in RowSampler's order. Tokens are counted once a step and without communication, from that order. The
+    evaluation loss stands in its step's own log row, a step is logged before it is saved, and the last one is always
+    evaluated and saved. A loss that is not finite ends the run before it is saved. SIGTERM, by which a cluster preempts
+    a job, asks for a checkpoint and the end.
+
+    A script adds `is_sharded(parameter)` and `save_model`.
+    """
+
+    def train_rows(self, sampler: RowSampler, eval_dataset: TokenizedDataset | None, checkpoint: Path | None) -> None:
+        """Trains from the checkpoint, if any, to the last step, and saves the model."""
+        self.sampler, self.eval_rows, self.last_step, self.terminated = sampler, eval_dataset, 0, False
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
+        torch.manual_seed(self.args.seed + self.args.process_index)  # every process draws its own dropout
+        self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if self.terminated:
+            self.stop(f"SIGTERM: step {self.last_step} is saved; --resume_from_checkpoint True goes on from there")
+        self.save_model()
+        self.save_state()
+
+    def stop(self, message: str) -> None:
+        sys.exit(message if self.is_world_process_zero() else 1)
+
+    def _get_train_sampler(self, train_dataset=None) -> RowSampler:
+        return self.sampler
+
+    def _prepare_for_training(self, *args):
+        prepared = super()._prepare_for_training(*args)
+        if not all(self.is_sharded(parameter) for parameter in self.model.parameters()):
+            self.stop("error: the parameters are not sharded, although this script asked for it")
+        if self.data_collator.padding_free or self.sampler.dataset.packed:
+            check_document_attention(self.model, self.model.config.vocab_size)
+        return prepared
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        # With a cache, transformers would not notice that a row holds several documents.
+        return super().compute_loss(model, inputs | {"use_cache": False}, *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        step, control = self.state.global_step, self.control
+        if step > self.last_step:  # else it is called once more, at the end of an epoch
+            self.last_step = step
+            self.state.num_input_tokens_seen += sum(len(row["input_ids"]) for row in self.sampler.rows_of(step - 1))
+            terminated = torch.tensor(float(self.terminated), device=self.args.device)
+            dist.all_reduce(terminated)  # the signal may reach the processes in different steps
+            self.terminated = terminated.item() > 0
+            is_last = step == self.state.max_steps
+            self.is_evaluated = self.eval_rows is not None and (is_last or step % self.args.eval_steps == 0)
+            control.should_training_stop |= self.terminated
+            control.should_save |= is_last or self.terminated
+            control.should_log |= control.should_save or self.is_evaluated
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" not in logs:
+            return  # transformers' summary at the end, which run.json has
+        if not math.isfinite(logs["loss"] + logs["grad_norm"]):
+            self.stop(f"error: step {self.last_step} has loss {logs['loss']} and gradient norm {logs['grad_norm']}; "
+                      "checkpoints saved before are good; lower --learning_rate")  # fmt: skip
+        logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+        super().log(logs | ({"eval_loss": self.evaluate()} if self.is_evaluated else {}), *args, **kwargs)
+
+    @torch.no_grad()
+    def evaluate(self, *args, **kwargs) -> float:
+        """Loss per target token over the whole set."""
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        size, rank, num_ranks = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
+        for batch in batches(self.eval_rows, self.data_collator, size, rank, num_ranks):
+            # compute_loss multiplies by the number of processes, since their gradients will be averaged.
+            loss = self.compute_loss(self.model_wrapped, self._prepare_inputs(batch), num_items_in_batch=num_ranks)
+            total += torch.tensor([loss.item(), num_targets(batch)])
+        total = total.to(self.args.device)
+        dist.all_reduce(total)
+        return (total[0] / total[1]).item()
+
+    def _save_checkpoint(self, *args) -> None:
+        super()._save_checkpoint(*args)
+        dist.barrier()
+        if self.is_world_process_zero():
+            complete_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.sampler)
 
 
 @torch.no_grad()
@@ -234,18 +340,30 @@ def check_document_attention(model: torch.nn.Module, vocab_size: int) -> None:
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
     logits = []
-    for shift in (0, 1):
-        input_ids = torch.arange(8, device=device)[None] % vocab_size
-        input_ids[:, :4] = (input_ids[:, :4] + shift) % vocab_size
-        logits.append(model(input_ids=input_ids, position_ids=positions, use_cache=False).logits)
+    for first_document in ([0, 1, 2, 3], [1, 2, 3, 4]):
+        input_ids = torch.tensor([first_document + [4, 5, 6, 7]], device=device) % vocab_size
+        positions = torch.tensor([[0, 1, 2, 3] * 2], device=device)
+        logits += [model(input_ids=input_ids, position_ids=positions, use_cache=False).logits]
     model.train(was_training)
     if torch.equal(logits[0][:, :4], logits[1][:, :4]) or not torch.equal(logits[0][:, 4:], logits[1][:, 4:]):
-        raise ValueError(
-            "the attention of this model crosses documents in one row; choose another "
-            "--attn_implementation, or --padding_free False with a set that is not packed"
-        )
+        raise ValueError("the attention of this model crosses documents in one row; choose another "
+                         "--attn_implementation, or --padding_free False with a set that is not packed")  # fmt: skip
+
+
+def verify(folder: Path, trained: dict[str, torch.Tensor]) -> None:
+    """Reads back every tensor of the safetensors files in `folder`, one at a time, and compares it with `trained`.
+
+    Raises:
+        OSError: a tensor is missing or differs.
+    """
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            trained = {
+                n: t for n, t in trained.items() if n not in file.keys() or not torch.equal(file.get_tensor(n), t)
+            }
+    if trained:
+        raise OSError(f"{folder}: {', '.join(trained)} was not saved as it was trained")
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -259,15 +377,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def complete_checkpoint(folder: Path, sampler: RowSampler, save_total_limit: int) -> None:
+def complete_checkpoint(folder: Path, sampler: RowSampler) -> None:
     """Writes complete.json, which makes a checkpoint valid, and deletes the oldest complete ones beyond the limit."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
+    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()}
     os.sync()  # a power cut must not leave complete.json beside files that never reached the disk
     complete = {"identity": sampler.identity, "files": files}
     (folder / "complete.tmp").write_text(json.dumps(complete, indent=2))
     os.replace(folder / "complete.tmp", folder / "complete.json")
     whole = [path for path in list_checkpoints(folder.parent) if (path / "complete.json").is_file()]
-    for outdated in whole[save_total_limit:]:
+    for outdated in whole[sampler.settings["save_total_limit"] :]:
         (outdated / "complete.json").unlink()  # first: a half-deleted checkpoint is not complete
         shutil.rmtree(outdated)
 
@@ -330,20 +449,30 @@ def peak_memory() -> int:
     return sum(on_gpus) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def write_receipt(output_dir: str | Path, arguments: dict, sampler: RowSampler, facts: dict) -> None:
-    """Writes run.json, the last file of a run: what was run, on what, with which versions and data, and `facts`."""
+def write_receipt(output_dir: str | Path, arguments: dict, sampler: RowSampler, devices: list, facts: dict) -> None:
+    """Writes run.json, the last file of a run: what was run, on what, with which versions and data, and `facts`.
+
+    All processes of a run call it, each with its own `devices`; the first one writes.
+    """
+    ranks = [(devices, peak_memory())]
+    if dist.is_initialized():
+        ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, (devices, peak_memory()))
+        if dist.get_rank() > 0:
+            return
     command = [shutil.which("git") or "false", "rev-parse", "--verify", "HEAD"]  # a slim image may lack git
     git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    packages = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+    packages = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "deepspeed", "bitsandbytes"}
     receipt = {
         "command": sys.argv,
         "arguments": arguments,
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: version(name) for name in sorted(packages & sys.modules.keys())},
         "git_commit": git or None,
         "dataset": sampler.dataset.ledger,
         "identity": sampler.identity,
-        "world_size": 1,
-        "peak_memory_bytes": [peak_memory()],
+        "world_size": len(ranks),
+        "devices": [device for devices, _ in ranks for device in devices],
+        "peak_memory_bytes": [memory for _, memory in ranks],
         **facts,
     }
     (Path(output_dir) / "run.tmp").write_text(json.dumps(receipt, indent=2, ensure_ascii=False), encoding="utf-8")

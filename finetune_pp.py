@@ -13,7 +13,6 @@ complete.json), trainer_state.json (the loss curve), runs/ (TensorBoard) and las
 
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -29,17 +28,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgu
 import data_collator
 from data_collator import DataCollator, RowSampler, TokenizedDataset
 
-CHOICES = {
-    "lr_scheduler_type": ("cosine", "linear", "constant_with_warmup"),
-    "bf16": ("auto", "True", "False"),
-    "attn_implementation": ("auto", "sdpa", "eager"),
-    "report_to": ("tensorboard", "none"),
-}
 LEAST = {"warmup_steps": 0, "weight_decay": 0, "seed": 0, "max_steps": -1}
 
 
-def flag(default, help: str):
-    return field(default=default, metadata={"help": help})
+def flag(default, help: str, choices: str | None = None):
+    return field(default=default, metadata={"help": help} | ({"metavar": choices} if choices else {}))
 
 
 @dataclass
@@ -54,7 +47,7 @@ class Arguments:
     per_device_eval_batch_size: int = flag(8, "rows of one forward in evaluation")
     gradient_accumulation_steps: int = flag(1, "forwards of one optimizer step")
     learning_rate: float = flag(2e-5, "peak learning rate of AdamW")
-    lr_scheduler_type: str = flag("cosine", "cosine | linear | constant_with_warmup")
+    lr_scheduler_type: str = flag("cosine", "how the rate falls", "cosine|linear|constant_with_warmup")
     warmup_steps: float = flag(0.03, "steps of warm-up; below 1: a share of all steps")
     weight_decay: float = flag(0.0, "AdamW's, never on norms and biases")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
@@ -63,14 +56,14 @@ class Arguments:
     save_steps: int = flag(100, "checkpoint every so many steps, and at the end")
     save_total_limit: int = flag(2, "complete checkpoints that are kept")
     seed: int = flag(42, "of the row order and dropout")
-    bf16: str = flag("auto", "auto: compute in bf16 where the hardware is fast at it | True | False")
+    bf16: str = flag("auto", "compute in bf16; auto: where the hardware is fast at it", "auto|True|False")
     padding_free: bool = flag(True, "join the rows of a batch instead of padding them")
     gradient_checkpointing: bool = flag(False, "recompute activations: a third more work, much less memory")
-    attn_implementation: str = flag("auto", "auto | sdpa | eager")
+    attn_implementation: str = flag("auto", "how attention is computed", "auto|sdpa|eager")
     torch_compile: bool = flag(False, "compile the model: minutes at first, then faster steps")
     resume_from_checkpoint: str = flag("False", "True: the newest complete one in output_dir; or a checkpoint folder")
     use_cpu: bool = flag(False, "leave the GPUs alone")
-    report_to: str = flag("tensorboard", "tensorboard | none")
+    report_to: str = flag("tensorboard", "where the loss curve is shown", "tensorboard|none")
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -84,7 +77,7 @@ def check_arguments(args: Arguments):
     Raises:
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
     """
-    mistakes = []
+    mistakes = data_collator.find_mistakes(args, LEAST)
 
     def attempt(name: str, action, *context):
         value = getattr(args, name)
@@ -93,14 +86,6 @@ def check_arguments(args: Arguments):
         except (ValueError, OSError) as problem:
             mistakes.append(f"--{name} {value}: {problem}")
 
-    for name, value in asdict(args).items():
-        if name in CHOICES and value not in CHOICES[name]:
-            mistakes.append(f"--{name} {value}: choose from {', '.join(CHOICES[name])}")
-        elif type(value) in (int, float) and not (LEAST.get(name, 1e-99) <= value < math.inf):
-            mistakes.append(f"--{name} {value}: must be {'>=' if name in LEAST else '>'} {LEAST.get(name, 0)}")
-    folder = next(path for path in (Path(args.output_dir), *Path(args.output_dir).absolute().parents) if path.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        mistakes.append(f"--output_dir {args.output_dir}: {folder} is no writable folder; choose another")
     config, tokenizer = attempt("model_path", load_config) or (None, None)
     dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer)
     eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer)
@@ -157,13 +142,6 @@ def make_device_map(config, devices: list[torch.device]) -> dict[str, torch.devi
             on_first = module is skeleton.get_input_embeddings() or tied_head or not list(module.parameters())
             device_map[name] = devices[0] if on_first else devices[-1]
     return device_map
-
-
-def use_bf16(choice: str, device: torch.device) -> bool:
-    """bf16 where the hardware multiplies it fast; elsewhere it is tens of times slower than float32."""
-    cpu_is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    is_fast = cpu_is_fast if device.type == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
-    return choice == "True" or (choice == "auto" and is_fast)
 
 
 def load_model(args: Arguments, config, checkpoint: Path | None, devices: list[torch.device]) -> torch.nn.Module:
@@ -231,11 +209,13 @@ def train(args: Arguments, model, tokenizer, sampler, eval_dataset, checkpoint, 
     tokens = tokens_before = state["num_input_tokens_seen"]
     writer = SummaryWriter(f"{args.output_dir}/runs", purge_step=step + 1) if args.report_to == "tensorboard" else None
     progress = tqdm(total=num_steps, initial=step, desc="training", unit="step")
-    steps = sampler.steps(DataCollator(args.padding_free), args.per_device_train_batch_size, step)
+    collate, size = DataCollator(args.padding_free), args.per_device_train_batch_size
     model.train()
     while step < num_steps:
         started = time.perf_counter()
-        micro_batches, num_tokens = next(steps)
+        rows = sampler.rows_of(step)
+        micro_batches = [collate(rows[first : first + size]) for first in range(0, len(rows), size)]
+        num_tokens = sum(len(row["input_ids"]) for row in rows)
         # One division by the targets of the whole optimizer step: every target token weighs the same, however the
         # step is cut into micro-batches.
         targets = sum(data_collator.num_targets(batch) for batch in micro_batches)
@@ -298,7 +278,7 @@ def save_checkpoint(args: Arguments, model, tokenizer, optimizer, lr_scheduler, 
     parts = {"optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict(), "rng": rng}
     torch.save(parts, folder / "training_state.pt")
     (folder / "trainer_state.json").write_text(json.dumps(state, indent=2))
-    data_collator.complete_checkpoint(folder, sampler, args.save_total_limit)
+    data_collator.complete_checkpoint(folder, sampler)
 
 
 def load_checkpoint(folder: Path, optimizer, lr_scheduler) -> dict:
@@ -320,7 +300,7 @@ def main() -> None:
         sys.exit(f"error: {mistakes}\n--help lists every flag with its default")
     num_gpus = 0 if args.use_cpu else min(torch.cuda.device_count(), config.num_hidden_layers)
     devices = [torch.device("cuda", i) for i in range(num_gpus)] or [torch.device("cpu")]
-    bf16 = use_bf16(args.bf16, devices[0])
+    bf16 = data_collator.use_bf16(args.bf16, num_gpus == 0)
     set_seed(args.seed)
     model = load_model(args, config, checkpoint, devices)
     if args.padding_free or sampler.dataset.packed:
@@ -330,9 +310,8 @@ def main() -> None:
     num_tokens = train(args, model, tokenizer, sampler, eval_dataset, checkpoint, devices[0], bf16)
     save_model(model, tokenizer, output_dir)
     seconds = time.perf_counter() - started
-    facts = {"devices": [str(device) for device in devices], "wall_time_seconds": seconds}
-    facts["tokens_per_second"] = num_tokens / seconds
-    data_collator.write_receipt(output_dir, asdict(args), sampler, facts)
+    facts = {"wall_time_seconds": seconds, "tokens_per_second": num_tokens / seconds}
+    data_collator.write_receipt(output_dir, asdict(args), sampler, [str(device) for device in devices], facts)
 
 
 if __name__ == "__main__":

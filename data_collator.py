@@ -38,7 +38,7 @@ IGNORE_INDEX = -100  # a label that contributes no loss, as in torch.nn.function
 # What a resumed run must share with the interrupted one besides the order of rows, or it would be another run.
 SETTINGS = ("model_path", "peft_mode", "peft_path", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
 SETTINGS += ("num_virtual_tokens", "mapping_hidden_dim", "learning_rate", "lr_scheduler_type", "warmup_steps")
-SETTINGS += ("weight_decay", "max_grad_norm")
+SETTINGS += ("weight_decay", "max_grad_norm", "load_in_4bit", "lora_used", "deepspeed", "world_size")
 FILLER = -1  # the index of a row without target, which completes the last optimizer step of an epoch
 
 
@@ -253,9 +253,11 @@ class RowTrainer:
     A script adds `is_sharded(parameter)` and `save_model`.
     """
 
-    def train_rows(self, sampler: RowSampler, eval_dataset: TokenizedDataset | None, checkpoint: Path | None) -> None:
-        """Trains from the checkpoint, if any, to the last step, and saves the model."""
-        self.sampler, self.eval_rows, self.last_step, self.terminated = sampler, eval_dataset, 0, False
+    def train_rows(self, sampler: RowSampler, eval_dataset: TokenizedDataset | None, checkpoint: Path | None) -> dict:
+        """Trains from the checkpoint, if any, to the last step, saves the model, and returns facts for the receipt."""
+        started = time.perf_counter()
+        self.sampler, self.eval_rows, self.terminated = sampler, eval_dataset, False
+        self.last_step = self.num_tokens = 0  # of this start, resumed or not
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
         torch.manual_seed(self.args.seed + self.args.process_index)  # every process draws its own dropout
         self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -263,6 +265,8 @@ class RowTrainer:
             self.stop(f"SIGTERM: step {self.last_step} is saved; --resume_from_checkpoint True goes on from there")
         self.save_model()
         self.save_state()
+        seconds = time.perf_counter() - started
+        return {"wall_time_seconds": seconds, "tokens_per_second": self.num_tokens / seconds}
 
     def stop(self, message: str) -> None:
         sys.exit(message if self.is_world_process_zero() else 1)
@@ -286,7 +290,9 @@ class RowTrainer:
         step, control = self.state.global_step, self.control
         if step > self.last_step:  # else it is called once more, at the end of an epoch
             self.last_step = step
-            self.state.num_input_tokens_seen += sum(len(row["input_ids"]) for row in self.sampler.rows_of(step - 1))
+            num_tokens = sum(len(row["input_ids"]) for row in self.sampler.rows_of(step - 1))
+            self.num_tokens += num_tokens
+            self.state.num_input_tokens_seen += num_tokens
             terminated = torch.tensor(float(self.terminated), device=self.args.device)
             dist.all_reduce(terminated)  # the signal may reach the processes in different steps
             self.terminated = terminated.item() > 0

@@ -16,7 +16,6 @@ complete.json), trainer_state.json (the loss curve), runs/ (TensorBoard) and las
 import math
 import os
 import sys
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import torch.distributed as dist
 import transformers
 from accelerate import DistributedType, PartialState
 from accelerate.utils import save_fsdp_optimizer
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
@@ -123,10 +123,7 @@ def make_training_arguments(args: Arguments, sampler: RowSampler) -> transformer
     """Joins the other processes, and says what transformers' loop is to do."""
     num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * sampler.steps_per_epoch)
     flags = asdict(args) | {"max_steps": num_steps, "bf16": data_collator.use_bf16(args.bf16, args.use_cpu)}
-    flags |= {
-        "save_total_limit": None,
-        "gradient_checkpointing": None,
-    }  # complete_checkpoint and load_model see to them
+    flags |= {"save_total_limit": None, "gradient_checkpointing": None}  # what they ask for is done elsewhere
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ |= {"TENSORBOARD_LOGGING_DIR": f"{args.output_dir}/runs", "ACCELERATE_USE_FSDP": "true"}
     os.environ |= {} if "RANK" in os.environ else alone  # without torchrun: a world of one process
@@ -168,6 +165,13 @@ def load_model(args: Arguments, checkpoint: Path | None) -> torch.nn.Module:
 
 
 class FSDPTrainer(data_collator.RowTrainer, transformers.Trainer):
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.bf16:
+            # accelerate's policy would sum gradients in bf16, and round the loss to bf16, too.
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
     def is_sharded(self, parameter: torch.nn.Parameter) -> bool:
         return isinstance(parameter, DTensor)
 
@@ -206,9 +210,8 @@ def main() -> None:
         sys.exit(f"error: {mistakes}\n--help lists every flag with its default" if is_first else 1)
     training_args = make_training_arguments(args, sampler)
     set_seed(args.seed)
-    started, output_dir = time.perf_counter(), Path(args.output_dir)
     if is_first:
-        data_collator.set_former_run_aside(output_dir, checkpoint)
+        data_collator.set_former_run_aside(Path(args.output_dir), checkpoint)
     trainer = FSDPTrainer(
         load_model(args, checkpoint),
         training_args,
@@ -216,10 +219,8 @@ def main() -> None:
         train_dataset=sampler.dataset,
         processing_class=tokenizer,
     )
-    trainer.train_rows(sampler, eval_dataset, checkpoint)
-    seconds = time.perf_counter() - started
-    facts = {"wall_time_seconds": seconds, "tokens_per_second": trainer.state.num_input_tokens_seen / seconds}
-    data_collator.write_receipt(output_dir, asdict(args), sampler, [str(training_args.device)], facts)
+    facts = trainer.train_rows(sampler, eval_dataset, checkpoint)
+    data_collator.write_receipt(args.output_dir, asdict(args), sampler, [str(training_args.device)], facts)
     dist.destroy_process_group()
 
 

@@ -1,10 +1,10 @@
 """Full fine-tuning or an adapter with transformers' Trainer and DeepSpeed ZeRO, stage 2 or 3, with or without offload.
 
-Choose it where DeepSpeed is the house standard, or to offload to host memory what the GPUs cannot hold. Bytes a GPU
-holds for P parameters of which T are trained, in bf16 on N GPUs: ZeRO-2 2 P + (2 + 12) T / N, and it moves two bytes a
-trained parameter twice a step; ZeRO-3 (2 P + 14 T) / N, and it gathers every layer twice a forward and backward, as
-FSDP does. zero2_offload keeps the optimizer in host memory and zero3_offload the weights, too: each step then waits for the
-PCIe bus, which makes an epoch two to three times as long.
+Choose it where DeepSpeed is the house standard, or to offload to host memory what the GPUs cannot hold. Bytes on each
+of N GPUs for P parameters of which T are trained, in bf16: ZeRO-2 2 P + 14 T / N, and a step sends the gradients once
+to the shards and the weights once back; ZeRO-3 (2 P + 14 T) / N, and it gathers every layer twice a forward and
+backward, as FSDP does. zero2_offload keeps the optimizer in host memory and zero3_offload the weights, too: every step
+then waits for the PCIe bus.
 
     python finetune_pp_peft_trainer_deepspeed.py --deepspeed ds_configs/zero2.json
     sh scripts/finetune_pp_peft_trainer_deepspeed.sh --lora_used True
@@ -18,7 +18,7 @@ import json
 import math
 import os
 import sys
-import time
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class Arguments:
     per_device_train_batch_size: int = flag(8, "rows of one forward")
     per_device_eval_batch_size: int = flag(8, "rows of one forward in evaluation")
     gradient_accumulation_steps: int = flag(1, "forwards of one optimizer step")
-    learning_rate: float = flag(1e-3, "peak learning rate of AdamW")
+    learning_rate: float | None = flag(None, "peak learning rate of AdamW; none: 1e-3 with an adapter, 2e-5 without")
     lr_scheduler_type: str = flag("cosine", "how the rate falls", "cosine|linear|constant_with_warmup")
     warmup_steps: float = flag(0.03, "steps of warm-up; below 1: a share of all steps")
     weight_decay: float = flag(0.0, "AdamW's, never on norms and biases")
@@ -88,7 +88,7 @@ class Arguments:
 
 
 def check_arguments(args: Arguments):
-    """Returns (config, tokenizer, row sampler, evaluation set or None, checkpoint to resume from or None).
+    """Returns (config, tokenizer, row sampler, evaluation set or None, checkpoint to resume from or None, skeleton).
 
     Raises:
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
@@ -103,6 +103,9 @@ def check_arguments(args: Arguments):
             mistakes.append(f"--{name} {value}: {problem}")
 
     args.use_cpu |= torch.cuda.device_count() == 0
+    args.learning_rate = args.learning_rate or (1e-3 if args.lora_used else 2e-5)
+    if not args.lora_used and (args.peft_path or args.peft_mode != "lora"):
+        mistakes.append("--lora_used False: trains all weights, without --peft_path and --peft_mode")
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         mistakes.append("ACCELERATE_USE_FSDP is true, and this script uses DeepSpeed: unset it")
     attempt("deepspeed", check_deepspeed)
@@ -115,12 +118,11 @@ def check_arguments(args: Arguments):
     if args.peft_mode != "lora" and any(data and data.packed for data in (dataset, eval_dataset)):
         mistakes.append(f"--peft_mode {args.peft_mode}: needs one document a row; tokenize with --packing False")
     if not mistakes:
-        skeleton = attempt(
-            "peft_mode", lambda mode: add_adapter(args, make_skeleton(config))
-        )  # a rehearsal without weights
+        # A rehearsal without weights; save_model will put what was trained on it.
+        skeleton = attempt("peft_mode", lambda mode: args.lora_used and add_adapter(args, make_skeleton(config)))
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         sampler = RowSampler(dataset, rows * int(os.environ.get("WORLD_SIZE", 1)), args.seed)
-        sampler.settings = asdict(args)
+        sampler.settings = asdict(args) | {"world_size": os.environ.get("WORLD_SIZE", "1")}  # DeepSpeed cannot reshard
         checkpoint = attempt("resume_from_checkpoint", data_collator.find_checkpoint, args.output_dir, sampler)
     if mistakes:
         raise ValueError("\n".join(mistakes))
@@ -172,15 +174,12 @@ def make_training_arguments(args: Arguments, sampler: RowSampler) -> transformer
 
     num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * sampler.steps_per_epoch)
     flags = asdict(args) | {"max_steps": num_steps, "bf16": data_collator.use_bf16(args.bf16, args.use_cpu)}
-    flags |= {
-        "save_total_limit": None,
-        "gradient_checkpointing": None,
-    }  # complete_checkpoint and load_model see to them
+    flags |= {"save_total_limit": None, "gradient_checkpointing": None}  # what they ask for is done elsewhere
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ |= {"TENSORBOARD_LOGGING_DIR": f"{args.output_dir}/runs"} | (
-        {"DS_ACCELERATOR": "cpu"} if args.use_cpu else {}
-    )
     os.environ |= {} if "RANK" in os.environ else alone  # without torchrun: a world of one process
+    os.environ |= {"TENSORBOARD_LOGGING_DIR": f"{args.output_dir}/runs"}
+    os.environ |= {"DS_ACCELERATOR": "cpu"} if args.use_cpu else {}
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed's, at every collective
     training_args = transformers.TrainingArguments(
         **{name: value for name, value in flags.items() if name in transformers.TrainingArguments.__dataclass_fields__},
         logging_nan_inf_filter=False,
@@ -289,9 +288,8 @@ def main() -> None:
         sys.exit(f"error: {mistakes}\n--help lists every flag with its default" if is_first else 1)
     training_args = make_training_arguments(args, sampler)
     set_seed(args.seed)
-    started, output_dir = time.perf_counter(), Path(args.output_dir)
     if is_first:
-        data_collator.set_former_run_aside(output_dir, checkpoint)
+        data_collator.set_former_run_aside(Path(args.output_dir), checkpoint)
     trainer = ZeROTrainer(
         load_model(args, training_args.bf16),
         training_args,
@@ -300,10 +298,8 @@ def main() -> None:
         processing_class=tokenizer,
     )
     trainer.adapter = skeleton
-    trainer.train_rows(sampler, eval_dataset, checkpoint)
-    seconds = time.perf_counter() - started
-    facts = {"wall_time_seconds": seconds, "tokens_per_second": trainer.state.num_input_tokens_seen / seconds}
-    data_collator.write_receipt(output_dir, asdict(args), sampler, [str(training_args.device)], facts)
+    facts = trainer.train_rows(sampler, eval_dataset, checkpoint)
+    data_collator.write_receipt(args.output_dir, asdict(args), sampler, [str(training_args.device)], facts)
     dist.destroy_process_group()
 
 

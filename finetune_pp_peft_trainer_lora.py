@@ -15,7 +15,6 @@ complete.json), trainer_state.json (the loss curve), runs/ (TensorBoard) and las
 import math
 import os
 import sys
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import transformers
 from accelerate import DistributedType, PartialState
 from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, set_seed
 
@@ -86,7 +86,7 @@ class Arguments:
 
 
 def check_arguments(args: Arguments):
-    """Returns (config, tokenizer, row sampler, evaluation set or None, checkpoint to resume from or None).
+    """Returns (config, tokenizer, row sampler, evaluation set or None, checkpoint to resume from or None, skeleton).
 
     Raises:
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
@@ -103,6 +103,8 @@ def check_arguments(args: Arguments):
     args.use_cpu |= torch.cuda.device_count() == 0
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         mistakes.append("ACCELERATE_USE_DEEPSPEED is true, and this script uses FSDP: unset it")
+    if args.load_in_4bit and not transformers.utils.is_bitsandbytes_available():
+        mistakes.append("--load_in_4bit True: bitsandbytes is missing; pip install bitsandbytes")
     config, tokenizer = attempt("model_path", load_config) or (None, None)
     dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer)
     eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer)
@@ -112,9 +114,8 @@ def check_arguments(args: Arguments):
     if args.peft_mode != "lora" and any(data and data.packed for data in (dataset, eval_dataset)):
         mistakes.append(f"--peft_mode {args.peft_mode}: needs one document a row; tokenize with --packing False")
     if not mistakes:
-        skeleton = attempt(
-            "peft_mode", lambda mode: add_adapter(args, make_skeleton(config))
-        )  # a rehearsal without weights
+        # A rehearsal without weights; save_model will put what was trained on it.
+        skeleton = attempt("peft_mode", lambda mode: add_adapter(args, make_skeleton(config)))
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         sampler = RowSampler(dataset, rows * int(os.environ.get("WORLD_SIZE", 1)), args.seed)
         sampler.settings = asdict(args)
@@ -160,10 +161,7 @@ def make_training_arguments(args: Arguments, sampler: RowSampler) -> transformer
     """Joins the other processes, and says what transformers' loop is to do."""
     num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * sampler.steps_per_epoch)
     flags = asdict(args) | {"max_steps": num_steps, "bf16": data_collator.use_bf16(args.bf16, args.use_cpu)}
-    flags |= {
-        "save_total_limit": None,
-        "gradient_checkpointing": None,
-    }  # complete_checkpoint and load_model see to them
+    flags |= {"save_total_limit": None, "gradient_checkpointing": None}  # what they ask for is done elsewhere
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ |= {"TENSORBOARD_LOGGING_DIR": f"{args.output_dir}/runs", "ACCELERATE_USE_FSDP": "true"}
     os.environ |= {} if "RANK" in os.environ else alone  # without torchrun: a world of one process
@@ -215,6 +213,7 @@ def load_model(args: Arguments, checkpoint: Path | None, bf16: bool) -> peft.Pef
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    nf4["bnb_4bit_quant_storage"] = dtype  # FSDP shards floating point storage only
     base = AutoModelForCausalLM.from_pretrained(
         args.model_path,
         dtype=dtype,
@@ -222,6 +221,10 @@ def load_model(args: Arguments, checkpoint: Path | None, bf16: bool) -> peft.Pef
         attn_implementation=None if args.attn_implementation == "auto" else args.attn_implementation,
         use_safetensors=True,
     )
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else bitsandbytes would repack the frozen weights at the first evaluation, rounded to bf16 and for good.
+            module.support_avx512bf16_for_cpu = False
     model = add_adapter(args, base)
     if checkpoint or args.peft_path:
         load_adapter(model, checkpoint or Path(args.peft_path))
@@ -243,6 +246,13 @@ def load_adapter(model: peft.PeftModel, folder: Path) -> None:
 
 
 class FSDPTrainer(data_collator.RowTrainer, transformers.Trainer):
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.bf16:
+            # accelerate's policy would sum gradients in bf16, and round the loss to bf16, too.
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
     def is_sharded(self, parameter: torch.nn.Parameter) -> bool:
         return isinstance(parameter, DTensor)
 
@@ -283,9 +293,8 @@ def main() -> None:
         sys.exit(f"error: {mistakes}\n--help lists every flag with its default" if is_first else 1)
     training_args = make_training_arguments(args, sampler)
     set_seed(args.seed)
-    started, output_dir = time.perf_counter(), Path(args.output_dir)
     if is_first:
-        data_collator.set_former_run_aside(output_dir, checkpoint)
+        data_collator.set_former_run_aside(Path(args.output_dir), checkpoint)
     trainer = FSDPTrainer(
         load_model(args, checkpoint, training_args.bf16),
         training_args,
@@ -294,10 +303,8 @@ def main() -> None:
         processing_class=tokenizer,
     )
     trainer.adapter = skeleton
-    trainer.train_rows(sampler, eval_dataset, checkpoint)
-    seconds = time.perf_counter() - started
-    facts = {"wall_time_seconds": seconds, "tokens_per_second": trainer.state.num_input_tokens_seen / seconds}
-    data_collator.write_receipt(output_dir, asdict(args), sampler, [str(training_args.device)], facts)
+    facts = trainer.train_rows(sampler, eval_dataset, checkpoint)
+    data_collator.write_receipt(args.output_dir, asdict(args), sampler, [str(training_args.device)], facts)
     dist.destroy_process_group()
 
 

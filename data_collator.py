@@ -331,6 +331,7 @@ class RowTrainer:
         dist.barrier()
         if self.is_world_process_zero():
             complete_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.sampler)
+        dist.barrier()  # after SIGTERM nobody leaves before it is complete
 
 
 @torch.no_grad()
@@ -464,6 +465,7 @@ def write_receipt(output_dir: str | Path, arguments: dict, sampler: RowSampler, 
     if dist.is_initialized():
         ranks = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, (devices, peak_memory()))
+        dist.barrier()  # lets gloo's thread finish: freeing the gathered tensors while Python ends would abort it
         if dist.get_rank() > 0:
             return
     command = [shutil.which("git") or "false", "rev-parse", "--verify", "HEAD"]  # a slim image may lack git

@@ -9,9 +9,11 @@ import sys
 import pytest
 from conftest import ROOT
 
-TRAINING = ["finetune_pp.py", "finetune_pp_peft.py"]
+PLAIN = ["finetune_pp.py", "finetune_pp_peft.py"]
+TRAINERS = ["finetune_pp_peft_trainer.py", "finetune_pp_peft_trainer_lora.py", "finetune_pp_peft_trainer_deepspeed.py"]
+TRAINING = [*PLAIN, *TRAINERS]
 SCRIPTS = [*TRAINING, "test_sample.py"]
-LIMITS = {"finetune_pp.py": 300, "finetune_pp_peft.py": 300, "data_collator.py": 220}
+LIMITS = dict.fromkeys(PLAIN, 300) | dict.fromkeys(TRAINERS, 220)
 
 # The one table of defaults for every training script; None where the scripts differ on purpose.
 DEFAULTS = {
@@ -95,7 +97,14 @@ def test_importing_a_script_does_nothing(name, tmp_path):
 
 
 def test_the_training_scripts_have_one_table_of_flags_and_defaults():
-    for name, extra, rate in (("finetune_pp", {}, 2e-5), ("finetune_pp_peft", PEFT_DEFAULTS, 1e-3)):
+    deepspeed = {"deepspeed": "ds_configs/zero3.json", "lora_used": False}
+    for name, extra, rate in (
+        ("finetune_pp", {}, 2e-5),
+        ("finetune_pp_peft", PEFT_DEFAULTS, 1e-3),
+        ("finetune_pp_peft_trainer", {}, 2e-5),
+        ("finetune_pp_peft_trainer_lora", PEFT_DEFAULTS | {"load_in_4bit": False}, 1e-3),
+        ("finetune_pp_peft_trainer_deepspeed", PEFT_DEFAULTS | deepspeed, None),  # 1e-3 or 2e-5, by lora_used
+    ):
         fields = {field.name: field.default for field in dataclasses.fields(importlib.import_module(name).Arguments)}
         assert fields == DEFAULTS | extra | {"learning_rate": rate, "output_dir": f"outputs/{name}"}
 
@@ -116,7 +125,7 @@ def test_every_flag_has_help_and_every_script_shows_its_command(name):
     arguments = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Arguments")
     for field in arguments.body:
         call = ast.unparse(field.value)
-        assert "'help': " in call or (call.startswith("flag(") and len(field.value.args) == 2), field.target.id
+        assert "'help': " in call or (call.startswith("flag(") and len(field.value.args) in (2, 3)), field.target.id
 
 
 def test_pieces_that_scripts_repeat_are_equal():
@@ -127,6 +136,11 @@ def test_pieces_that_scripts_repeat_are_equal():
     assert [name for name in shared if plain[name] != peft[name]] == []
     assert all(plain[name] != peft[name] for name in different)  # else the list above hides a piece that must be equal
 
+    fsdp, lora, zero = map(functions, TRAINERS)
+    assert all(script["load_config"] == plain["load_config"] for script in (fsdp, lora, zero))
+    assert all(script[name] == peft[name] for script in (lora, zero)
+               for name in ("check_adapter", "make_skeleton", "add_adapter", "load_adapter"))  # fmt: skip
+
     tokenization, generation = functions("data_sample/tokenize_dataset.py"), functions("test_sample.py")
     assert tokenization["render_prompt"] == generation["render_prompt"]
     assert tokenization["adds_bos"] == generation["adds_bos"]
@@ -135,7 +149,7 @@ def test_pieces_that_scripts_repeat_are_equal():
 def test_the_two_loops_differ_by_one_call():
     """The strategy is in load_model and save_model; the loop is the same but for what a checkpoint loads."""
     loops = []
-    for name in TRAINING:
+    for name in PLAIN:
         tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
         loop = next(node for node in tree.body if getattr(node, "name", "") == "train")
         loops.append(ast.unparse(loop).splitlines())

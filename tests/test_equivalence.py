@@ -1,0 +1,350 @@
+"""Every strategy trains the same model: real scripts, real processes, compared step by step with the plain loops.
+
+References are finetune_pp.py and finetune_pp_peft.py in one process. Against them: FSDP2 and ZeRO, full and with an
+adapter, in float32 with dropout 0, weight decay on, rows of unequal length, two epochs of two full windows and a short
+one, and an evaluation with an odd number of rows. The tolerances are those of law 2 (ASSERTED below).
+
+    bash scripts/test.sh tests/test_equivalence.py                # every strategy, 2 processes, accumulation 4
+    .venv/bin/python tests/test_equivalence.py                    # the whole matrix; writes docs/equivalence.md
+"""
+
+import importlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, random_rows, run_script, save_rows, save_tiny_model
+from safetensors.torch import load_file
+
+import data_collator
+
+FSDP, LORA, ZERO = "finetune_pp_peft_trainer", "finetune_pp_peft_trainer_lora", "finetune_pp_peft_trainer_deepspeed"
+# strategy: (script, its flags, the reference it must equal); the tests write {zero2} and {zero3}
+STRATEGIES = {
+    "FSDP2": (FSDP, [], "full"),
+    "FSDP2+LoRA": (LORA, [], "lora"),
+    "ZeRO-2": (ZERO, ["--deepspeed", "{zero2}"], "full"),
+    "ZeRO-2+LoRA": (ZERO, ["--deepspeed", "{zero2}", "--lora_used", "True"], "lora"),
+    "ZeRO-3": (ZERO, ["--deepspeed", "{zero3}"], "full"),
+    "ZeRO-3+LoRA": (ZERO, ["--deepspeed", "{zero3}", "--lora_used", "True"], "lora"),
+}
+MODES = {
+    "lora": ["--lora_dropout", 0],
+    "prefix": ["--peft_mode", "prefix", "--num_virtual_tokens", 4, "--mapping_hidden_dim", 16],
+    "ptuning": ["--peft_mode", "ptuning", "--num_virtual_tokens", 4, "--mapping_hidden_dim", 16],
+    "prompt": ["--peft_mode", "prompt", "--num_virtual_tokens", 4],
+}
+FACTORS = {
+    "processes": (1, 2),
+    "accumulation": (1, 4),
+    "checkpointing": (False, True),
+    "rows": ("padded", "padding-free", "packed"),
+    "tied": (False, True),
+}
+ROWS_PER_STEP = 8
+ASSERTED = {"loss": 1e-5, "grad_norm at step 1": 1e-5, "grad_norm": 1e-4, "eval_loss": 1e-5, "weights": 1e-2}
+COMMON = ["--num_train_epochs", 2, "--learning_rate", 1e-2, "--weight_decay", 0.1, "--eval_steps", 2]
+COMMON += ["--report_to", "none", "--bf16", "False", "--use_cpu", "True"]
+
+
+def pairwise() -> list[tuple]:
+    """Few cells in which every pair of values of two factors occurs: greedily the one with the most new pairs."""
+    cells = list(itertools.product(*FACTORS.values()))
+
+    def pairs(cell):
+        return set(itertools.combinations(enumerate(cell), 2))
+
+    missing, chosen = set().union(*map(pairs, cells)), []
+    while missing:
+        chosen.append(max(cells, key=lambda cell: len(pairs(cell) & missing)))
+        missing -= pairs(chosen[-1])
+    return chosen
+
+
+def matrix_cells():
+    for strategy in STRATEGIES:
+        whole = strategy in ("FSDP2+LoRA", "ZeRO-3")
+        for cell in itertools.product(*FACTORS.values()) if whole else pairwise():
+            yield pytest.param(strategy, "lora", *cell, marks=pytest.mark.matrix)
+    for strategy, mode in itertools.product(("FSDP2+LoRA", "ZeRO-2+LoRA", "ZeRO-3+LoRA"), list(MODES)[1:]):
+        for checkpointing in (False, True) if mode != "prefix" else (False,):  # PEFT refuses prefix with checkpointing
+            yield pytest.param(strategy, mode, 2, 4, checkpointing, "padded", False, marks=pytest.mark.matrix)
+
+
+# In the default tests: every strategy at 2 processes and accumulation 4, the other factors spread over the strategies.
+DEFAULT_CELLS = [
+    (strategy, "lora", 2, 4, checkpointing, rows, tied)
+    for strategy, checkpointing, rows, tied in (
+        ("FSDP2", True, "padding-free", True),
+        ("FSDP2+LoRA", False, "padded", False),
+        ("ZeRO-2", False, "packed", True),
+        ("ZeRO-2+LoRA", True, "padding-free", False),
+        ("ZeRO-3", False, "padding-free", False),
+        ("ZeRO-3+LoRA", True, "packed", True),
+    )
+]
+
+
+def pack(rows: list[dict], documents: int = 2) -> list[dict]:
+    """Joins `documents` rows into one, as tokenize_dataset.py --packing True does."""
+    packed = []
+    for start in range(0, len(rows), documents):
+        group = rows[start : start + documents]
+        row = {name: [token for document in group for token in document[name]] for name in ("input_ids", "labels")}
+        packed.append(row | {"position_ids": [i for document in group for i in range(len(document["input_ids"]))]})
+    return packed
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory) -> dict[str, Path]:
+    """Models, sets and ZeRO configurations of the matrix."""
+    folder = tmp_path_factory.mktemp("equivalence")
+    parts = {"folder": folder}
+    for tied in (False, True):
+        parts[f"model tied={tied}"] = save_tiny_model(folder / f"model-{tied}", tied=tied)
+    for name, rows in (("train", random_rows(22)), ("eval", random_rows(7, seed=3))):
+        parts[name] = save_rows(rows, folder / name)
+        longer = random_rows(2 * len(rows), seed=len(name), longest=14)
+        parts[f"packed {name}"] = save_rows(pack(longer), folder / f"packed-{name}")
+    for stage in ("zero2", "zero3"):
+        config = json.loads((ROOT / "ds_configs" / f"{stage}.json").read_text())
+        if stage == "zero3":  # else DeepSpeed would leave the tensors of a small model whole
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        parts[stage] = folder / f"{stage}.json"
+        parts[stage].write_text(json.dumps(config))
+    return parts
+
+
+def data_flags(parts, rows: str, tied: bool) -> list:
+    prefix = "packed " if rows == "packed" else ""
+    flags = ["--model_path", parts[f"model tied={tied}"], "--dataset_path", parts[f"{prefix}train"]]
+    return [*flags, "--eval_dataset_path", parts[f"{prefix}eval"]]
+
+
+@pytest.fixture(scope="session")
+def reference(parts):
+    """A function that gives (folder of the plain loop's run, weights before training), run once each."""
+    made = {}
+
+    def run(mode: str, rows: str, tied: bool) -> tuple[Path, dict[str, torch.Tensor]]:
+        key = (mode, rows == "packed", tied)
+        if key not in made:
+            script = "finetune_pp.py" if mode == "full" else "finetune_pp_peft.py"
+            flags = [*data_flags(parts, rows, tied), *COMMON, *MODES.get(mode, [])]
+            folder = parts["folder"] / f"reference-{mode}-{key[1]}-{tied}"
+            run_script(script, *flags, "--per_device_train_batch_size", ROWS_PER_STEP, "--output_dir", folder)
+            made[key] = folder, weights_before(mode, flags)
+        return made[key]
+
+    return run
+
+
+def weights_before(mode: str, flags: list) -> dict[str, torch.Tensor]:
+    """What the plain loop starts from: the model's file, or an adapter that its own functions make."""
+    if mode == "full":
+        return load_file(flags[1] / "model.safetensors")
+    import finetune_pp_peft as script
+
+    parser = script.HfArgumentParser(script.Arguments)
+    (args,) = parser.parse_args_into_dataclasses(list(map(str, flags)))
+    config = script.check_arguments(args)[0]
+    script.set_seed(args.seed)
+    model = script.load_model(args, config, [torch.device("cpu")], False)
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def launch(processes: int, script: str, *flags) -> None:
+    """Starts a script as a user does: plain for one process, by torchrun for more."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
+    run_script(*torchrun, f"{script}.py", *flags)
+
+
+def relative(a: float, b: float) -> float:
+    return abs(a - b) / abs(b)
+
+
+def deviations(folder: Path, reference: Path, start: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The largest relative deviation of a run from its reference, for each thing that is asserted."""
+    found, expected = (json.loads((f / "trainer_state.json").read_text())["log_history"] for f in (folder, reference))
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
+    assert [row.keys() for row in found] == [row.keys() for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert row["num_input_tokens_seen"] == other["num_input_tokens_seen"]
+        assert row["epoch"] == pytest.approx(other["epoch"])
+        assert row["learning_rate"] == pytest.approx(other["learning_rate"], rel=1e-12)
+    pairs = list(zip(found, expected, strict=True))
+    largest = {name: max(relative(a[name], b[name]) for a, b in pairs if name in b) for name in ("loss", "eval_loss")}
+    norms = [relative(a["grad_norm"], b["grad_norm"]) for a, b in pairs]
+    largest |= {"grad_norm at step 1": norms[0], "grad_norm": max(norms)}
+
+    name = "trainable.safetensors" if (reference / "trainable.safetensors").is_file() else "model.safetensors"
+    weights, trained = load_file(folder / name), load_file(reference / name)
+    assert weights.keys() == trained.keys()
+    travelled = {name: (trained[name] - start[name]).norm() for name in trained}
+    assert all(distance > 1e-3 * start[name].norm() for name, distance in travelled.items())  # the weights did move
+    largest["weights"] = max(((weights[n] - trained[n]).norm() / travelled[n]).item() for n in trained)
+    return largest
+
+
+@pytest.mark.parametrize(
+    ("strategy", "mode", "processes", "accumulation", "checkpointing", "rows", "tied"),
+    [*DEFAULT_CELLS, *matrix_cells()],
+)
+def test_every_strategy_trains_the_same_model(
+    strategy, mode, processes, accumulation, checkpointing, rows, tied, parts, reference, tmp_path
+):
+    script, flags, trained = STRATEGIES[strategy]
+    expected, start = reference(mode if trained == "lora" else "full", rows, tied)
+    launch(
+        processes,
+        script,
+        *data_flags(parts, rows, tied),
+        *COMMON,
+        *(str(flag).format(**parts) for flag in flags),
+        *(MODES[mode] if trained == "lora" else []),
+        *("--per_device_train_batch_size", ROWS_PER_STEP // (processes * accumulation)),
+        *("--gradient_accumulation_steps", accumulation, "--per_device_eval_batch_size", 2),
+        *("--gradient_checkpointing", checkpointing, "--padding_free", rows == "padding-free"),
+        *("--output_dir", tmp_path / "run"),
+    )
+    receipt = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert receipt["world_size"] == processes == len(receipt["peak_memory_bytes"])
+    largest = deviations(tmp_path / "run", expected, start)
+    if os.environ.get("EQUIVALENCE_RESULTS"):
+        cell = dict(zip(FACTORS, (processes, accumulation, checkpointing, rows, tied), strict=True))
+        result = {"strategy": strategy if mode == "lora" else f"{strategy[:-4]}{mode}"} | cell | largest
+        with open(os.environ["EQUIVALENCE_RESULTS"], "a") as file:
+            file.write(json.dumps(result) + "\n")
+    assert {name: value for name, value in largest.items() if not value <= ASSERTED[name]} == {}
+
+
+# Started by torchrun: a script's own functions, with the gradients of the first optimizer step written down.
+GRADIENTS = """
+import importlib, sys
+import torch, transformers
+name, output = sys.argv[1:3]
+sys.argv = sys.argv[2:]
+script = importlib.import_module(name)
+trainer_class = next(c for c in vars(script).values() if isinstance(c, type) and issubclass(c, transformers.Trainer))
+
+def write(model):
+    from torch.distributed.tensor import DTensor
+    gradients = {}
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad and name.endswith("deepspeed"):
+            from deepspeed.utils import safe_get_full_grad
+            gradients[key] = safe_get_full_grad(parameter)
+        elif parameter.requires_grad:
+            assert isinstance(parameter.grad, DTensor)
+            gradients[key] = parameter.grad.full_tensor()
+    if torch.distributed.get_rank() == 0:
+        torch.save({key: gradient.cpu().clone() for key, gradient in gradients.items()}, output)
+
+def before(original, *names):
+    def wrapped(self, *args, **kwargs):
+        if not wrapped.done:
+            wrapped.done = True
+            write(self.module if name.endswith("deepspeed") else self.model)
+        return original(self, *args, **kwargs)
+    wrapped.done = False
+    return wrapped
+
+if name.endswith("deepspeed"):
+    import deepspeed
+    engine = deepspeed.runtime.engine.DeepSpeedEngine
+    engine._take_model_step = before(engine._take_model_step)
+else:
+    trainer_class._clip_grad_norm = before(trainer_class._clip_grad_norm)
+script.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(s, marks=[] if s in ("FSDP2", "ZeRO-3") else pytest.mark.matrix) for s in STRATEGIES],
+)
+def test_the_gradients_of_the_first_step_are_the_same_tensor_by_tensor(strategy, parts, tmp_path):
+    script, flags, trained = STRATEGIES[strategy]
+    (tmp_path / "driver.py").write_text(GRADIENTS)
+    data = [*data_flags(parts, "padding-free", False), *COMMON, *(MODES["lora"] if trained == "lora" else [])]
+    run_script(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2),
+        *(tmp_path / "driver.py", script, tmp_path / "gradients.pt", *data, "--max_steps", 1),
+        *(str(flag).format(**parts) for flag in flags),
+        *("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4, "--output_dir", tmp_path / "run"),
+        PYTHONPATH=str(ROOT),
+    )
+    gradients = torch.load(tmp_path / "gradients.pt")
+
+    plain = importlib.import_module("finetune_pp" if trained == "full" else "finetune_pp_peft")
+    (args,) = plain.HfArgumentParser(plain.Arguments).parse_args_into_dataclasses(list(map(str, data)))
+    config, _, sampler, _, _ = plain.check_arguments(args)
+    plain.set_seed(args.seed)
+    cpu = torch.device("cpu")
+    if trained == "full":
+        model = plain.load_model(args, config, None, [cpu])
+    else:
+        model = plain.load_model(args, config, [cpu], False)
+    batch = data_collator.DataCollator(True)(sampler.rows_of(0))
+    model.train()
+    plain.forward(model, batch, cpu, False, data_collator.num_targets(batch)).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_the_pairwise_cells_hold_every_pair():
+    for (i, first), (j, second) in itertools.combinations(enumerate(FACTORS.values()), 2):
+        assert {(cell[i], cell[j]) for cell in pairwise()} == set(itertools.product(first, second))
+
+
+def write_page(results: list[dict], page: Path) -> None:
+    names = list(ASSERTED)
+    lines = [
+        "# Every strategy trains the same model",
+        "",
+        "Written by `python tests/test_equivalence.py`: the scripts started as a user starts them, on CPU processes,",
+        "a 2-layer LLaMA with grouped-query attention in float32, rows of unequal length, 6 optimizer steps over an",
+        "epoch end with a short window, weight decay on. Figures are the largest relative deviation from the plain",
+        "loop (`finetune_pp.py` or `finetune_pp_peft.py`, one process) over all steps; for weights, the largest over",
+        "all tensors of the distance between both results, divided by the distance that training moved the tensor.",
+        "",
+        "| strategy | cells | " + " | ".join(names) + " |",
+        "|---|---|" + "---|" * len(names),
+        "| *allowed* | | " + " | ".join(f"*{ASSERTED[name]:.0e}*" for name in names) + " |",
+    ]
+    for strategy in dict.fromkeys(result["strategy"] for result in results):
+        cells = [result for result in results if result["strategy"] == strategy]
+        largest = " | ".join(f"{max(cell[name] for cell in cells):.1e}" for name in names)
+        lines.append(f"| {strategy} | {len(cells)} | {largest} |")
+    lines += ["", "## All cells", "", "| strategy | " + " | ".join([*FACTORS, *names]) + " |"]
+    lines += ["|---|" + "---|" * (len(FACTORS) + len(names))]
+    for result in results:
+        values = [str(result[name]) for name in FACTORS] + [f"{result[name]:.1e}" for name in names]
+        lines.append(f"| {result['strategy']} | " + " | ".join(values) + " |")
+    page.parent.mkdir(exist_ok=True)
+    page.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    results = ROOT / "outputs" / "equivalence.jsonl"
+    results.parent.mkdir(exist_ok=True)
+    results.write_text("")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "matrix", __file__, *sys.argv[1:]]
+    environment = os.environ | {"EQUIVALENCE_RESULTS": str(results), "OMP_NUM_THREADS": "1"}
+    status = subprocess.run(command, cwd=ROOT, env=environment).returncode
+    if status == 0:
+        lines = results.read_text().splitlines()
+        write_page(sorted(map(json.loads, lines), key=lambda r: json.dumps(r)), ROOT / "docs" / "equivalence.md")
+        print("wrote docs/equivalence.md")
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1233 @@
+"""The converter: every generation, both tokenizers, the proof and that it can fail, the way back, users' mistakes.
+
+Checkpoints and tokenizers are made here in Meta's formats, and the logits are compared with a computation of the test's
+own, on whole matrices in float64. Only a kill and the measurement start a process; the rest calls the script's main().
+"""
+
+import base64
+import hashlib
+import importlib
+import json
+import math
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import regex
+import sentencepiece
+import torch
+from conftest import ROOT, run_script
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import convert_llama_weights_to_hf as converter
+
+SCRIPT = "convert_llama_weights_to_hf.py"
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+SPLIT += r"|\s+(?!\S)|\s+"
+SPM_SIZE, TIKTOKEN_SIZE = 448, 384 + 256
+
+# ------------------------------------------------------------------------------------------------------------------
+# Tokenizers in both formats
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def corpus() -> list[str]:
+    rows = (ROOT / "data_sample" / "triage_train.jsonl").read_text(encoding="utf-8").splitlines()[:60]
+    chinese = (ROOT / "README_zh.md").read_text(encoding="utf-8").splitlines()
+    code = (ROOT / "finetune_pp.py").read_text(encoding="utf-8").splitlines()[:100]
+    repeated = ["ababa aba abab", "aaaa aaa aa", "    ====    ===="] * 20
+    return [line for line in [*rows, *chinese, *code, *repeated] if line]
+
+
+def words_of(text: str) -> list[str]:
+    """tiktoken's cut; Rust's \\s is Unicode's White_Space, Python's has four separators more."""
+    pattern = SPLIT.replace(r"[^\s", r"[^\p{White_Space}").replace(r"\s", r"\p{White_Space}")
+    return regex.findall(pattern.replace(r"\S", r"\P{White_Space}"), text)
+
+
+def encode_bytes(word: bytes, ranks: dict[bytes, int]) -> list[int]:
+    """Byte pair encoding as tiktoken's reference does it."""
+    if word in ranks:
+        return [ranks[word]]
+    parts = [word[i : i + 1] for i in range(len(word))]
+    while True:
+        best = None
+        for i in range(len(parts) - 1):
+            rank = ranks.get(parts[i] + parts[i + 1])
+            if rank is not None and (best is None or rank < best[0]):
+                best = (rank, i)
+        if best is None:
+            return [ranks[part] for part in parts]
+        i = best[1]
+        parts = [*parts[:i], parts[i] + parts[i + 1], *parts[i + 2 :]]
+
+
+@pytest.fixture(scope="session")
+def spm_file(tmp_path_factory) -> Path:
+    """BPE with byte fallback, single digits and untouched text, as LLaMA 1 and 2 have it."""
+    folder = tmp_path_factory.mktemp("spm")
+    (folder / "corpus.txt").write_text("\n".join(corpus()), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=SPM_SIZE,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        max_sentence_length=100000,
+        character_coverage=0.98,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+def learn_ranks(num_ranks: int) -> dict[bytes, int]:
+    ranks = {bytes([i]): i for i in range(256)}
+    words = [[bytes([b]) for b in word.encode()] for word in words_of("\n".join(corpus())[:20000])]
+    while len(ranks) < num_ranks:
+        counts = {}
+        for word in words:
+            for pair in zip(word, word[1:], strict=False):
+                counts[pair] = counts.get(pair, 0) + 1
+        left, right = max(counts, key=counts.get)
+        ranks.setdefault(left + right, len(ranks))
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if word[i] == left and word[i + 1] == right:
+                    word[i : i + 2] = [left + right]
+                i += 1
+    return ranks
+
+
+@pytest.fixture(scope="session")
+def tiktoken_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tiktoken") / "tokenizer.model"
+    ranks = learn_ranks(TIKTOKEN_SIZE - 256)
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+    return path
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    return {base64.b64decode(a): int(b) for a, b in (line.split() for line in path.read_bytes().splitlines())}
+
+
+def random_texts(count: int) -> list[str]:
+    dice = random.Random(7)
+    parts = ["a", "b", "ab", "aba", " ", "  ", "    ", "\n", "\n\n", "\t", "\r\n", "1", "23", "4567", "=", "===="]
+    parts += [
+        "the",
+        " of",
+        "'s",
+        "'LL",
+        "'\u017f",
+        "中文",
+        "你好，",
+        "的",
+        "😀",
+        "👩\u200d👧",
+        "\x00",
+        "\x01",
+        "\x1c",
+        "\x1f",
+    ]
+    parts += ["\x7f", "\x85", "\xa0", "\u200b", "\u2028", "\u3000", "\u2581", "é", "e\u0301", "²", "Ⅷ", "٣", "ß", "ไทย"]
+    parts += ["\ufeff", "\ufffd", "\U00010348", "training", "def f(x):", "#", "!?", "<0x0A>", "\\n"]
+    texts = [
+        "",
+        " ",
+        "  ",
+        " a",
+        "  a",
+        "a ",
+        " a  b   c ",
+        "\n",
+        "\na",
+        "123456789",
+        "1 2 3",
+        "中 文",
+        "🙂🙂",
+        "\x00",
+        "s>",
+    ]
+    ranges = [(0, 0x7F), (0x80, 0x2FFF), (0x3000, 0xD7FF), (0xE000, 0x1FFFF)]
+    for _ in range(count // 2):
+        texts.append("".join(dice.choices(parts, k=dice.randint(1, 24))))
+        texts.append("".join(chr(dice.randint(*dice.choice(ranges))) for _ in range(dice.randint(1, 16))))
+    return texts
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Checkpoints in Meta's format, and what they compute
+# ------------------------------------------------------------------------------------------------------------------
+
+SMALL = {"dim": 64, "n_layers": 2, "n_heads": 8, "multiple_of": 32, "norm_eps": 1e-5, "vocab_size": -1}
+LLAMA1 = SMALL | {"norm_eps": 1e-6}
+GQA = SMALL | {"n_kv_heads": 4, "ffn_dim_multiplier": 1.3, "multiple_of": 64}
+CODE = SMALL | {"rope_theta": 1000000, "ffn_dim_multiplier": 1.0}
+LLAMA3 = SMALL | {"n_kv_heads": 4, "ffn_dim_multiplier": 1.3, "rope_theta": 500000.0, "vocab_size": TIKTOKEN_SIZE}
+SCALED = LLAMA3 | {"use_scaled_rope": True}
+WIDE = {"dim": 128}  # 64 features a head's worth of frequencies, so that some are scaled and some lie between
+
+GENERATIONS = {
+    "llama1_7b": (LLAMA1, 1, "spm", {"dtype": torch.float16, "freqs": True}),
+    "llama1_13b": (LLAMA1, 2, "spm", {"dtype": torch.float16, "freqs": True}),
+    "llama1_30b": (LLAMA1, 4, "spm", {"dtype": torch.float16}),
+    "llama1_65b": (LLAMA1 | {"norm_eps": 1e-5}, 8, "spm", {"dtype": torch.float16}),
+    "llama2_7b": (SMALL, 1, "spm", {"freqs": True}),
+    "llama2_70b": (GQA, 4, "spm", {}),
+    "llama2_70b_copies": (GQA, 8, "spm", {}),
+    "code_llama": (CODE, 2, "spm", {}),
+    "llama3_8b": (LLAMA3, 1, "tiktoken", {}),
+    "llama3_70b": (LLAMA3, 4, "tiktoken", {}),
+    "llama31_8b": (SCALED | WIDE, 1, "tiktoken", {}),
+    "llama31_405b": (SCALED | WIDE, 8, "tiktoken", {}),
+    "llama32_1b": (SCALED | WIDE, 1, "tiktoken", {"tied": "stored"}),
+    "llama32_3b": (SCALED | WIDE, 1, "tiktoken", {"tied": "absent"}),
+    "llama33_70b": (SCALED | WIDE, 2, "tiktoken", {}),
+}
+
+
+def ffn_rows(params: dict) -> int:
+    hidden = int(params.get("ffn_dim_multiplier", 1) * int(8 * params["dim"] / 3))
+    return math.ceil(hidden / params["multiple_of"]) * params["multiple_of"]
+
+
+def whole_weights(params: dict, vocab_size: int, dtype, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    dim, ffn = params["dim"], ffn_rows(params)
+    kv = params.get("n_kv_heads", params["n_heads"]) * dim // params["n_heads"]
+
+    def matrix(rows, columns):
+        return (torch.randn(rows, columns, generator=generator) * 2 / math.sqrt(columns)).to(dtype)
+
+    def vector():
+        return (1 + torch.randn(dim, generator=generator) / 4).to(dtype)
+
+    weights = {"tok_embeddings.weight": matrix(vocab_size, dim), "norm.weight": vector()}
+    weights["output.weight"] = matrix(vocab_size, dim)
+    for i in range(params["n_layers"]):
+        rows = {"attention.wq": (dim, dim), "attention.wk": (kv, dim), "attention.wv": (kv, dim)}
+        rows |= {"attention.wo": (dim, dim), "feed_forward.w1": (ffn, dim), "feed_forward.w2": (dim, ffn)}
+        rows |= {"feed_forward.w3": (ffn, dim)}
+        weights |= {f"layers.{i}.{name}.weight": matrix(*shape) for name, shape in rows.items()}
+        weights |= {f"layers.{i}.{name}.weight": vector() for name in ("attention_norm", "ffn_norm")}
+    return weights
+
+
+def piece_of(name: str, tensor: torch.Tensor, i: int, num_shards: int, vocabulary_parallel: bool, num_kv: int):
+    """What Meta's process `i` of `num_shards` holds of a weight."""
+    if "norm" in name or name == "rope.freqs":
+        return tensor.clone()
+    if ".wk." in name or ".wv." in name:
+        parts = min(num_shards, num_kv)
+        return tensor.chunk(parts, 0)[i * parts // num_shards].clone()
+    by_columns = ".wo." in name or ".w2." in name or (name == "tok_embeddings.weight" and not vocabulary_parallel)
+    return tensor.chunk(num_shards, 1 if by_columns else 0)[i].clone()
+
+
+def make_meta(folder: Path, tokenizer: Path, params: dict, num_shards: int = 1, **options) -> dict[str, torch.Tensor]:
+    """Writes a checkpoint as Meta hands it out; returns its whole weights."""
+    folder.mkdir(parents=True)
+    llama3 = params["vocab_size"] > 0
+    vocab_size = params["vocab_size"] if llama3 else SPM_SIZE
+    weights = whole_weights(params, vocab_size, options.get("dtype", torch.bfloat16))
+    if options.get("tied"):
+        weights["output.weight"] = weights["tok_embeddings.weight"].clone()
+    if options.get("freqs"):
+        head_dim = params["dim"] // params["n_heads"]
+        freqs = 1 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim)
+        weights["rope.freqs"] = freqs.to(weights["norm.weight"].dtype)
+    num_kv = params.get("n_kv_heads", params["n_heads"])
+    for i in range(num_shards):
+        shard = {n: piece_of(n, w, i, num_shards, llama3, num_kv) for n, w in weights.items()}
+        if options.get("tied") == "absent":
+            del shard["output.weight"]
+        torch.save(shard, folder / f"consolidated.{i:02d}.pth")
+    (folder / "params.json").write_text(json.dumps(params))
+    shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    return weights
+
+
+def expected_logits(weights: dict, params: dict, ids: list[int], factor: float | None, positions=None) -> torch.Tensor:
+    """The model after the papers, on whole matrices in float64, rotating each pair of features by sines and cosines."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    heads, dim, theta = params["n_heads"], params["dim"], params.get("rope_theta", 10000.0)
+    kv, size = params.get("n_kv_heads", heads), dim // heads
+    x = w["tok_embeddings.weight"][ids]
+    positions = list(range(len(ids))) if positions is None else positions
+    angles = []
+    for j in range(size // 2):
+        frequency = theta ** (-2 * j / size)
+        if factor:
+            wavelength = 2 * math.pi / frequency
+            if wavelength > 8192:
+                frequency /= factor
+            elif wavelength > 8192 / 4:
+                smooth = (8192 / wavelength - 1) / (4 - 1)
+                frequency = (1 - smooth) * frequency / factor + smooth * frequency
+        angles.append([position * frequency for position in positions])
+    angles = torch.tensor(angles, dtype=torch.float64).T  # (tokens, pairs)
+    cos, sin = angles.cos(), angles.sin()
+
+    def norm(x, name):
+        return x / (x.pow(2).mean(-1, keepdim=True) + params["norm_eps"]).sqrt() * w[name]
+
+    def rotate(t):
+        even, odd, out = t[:, 0::2], t[:, 1::2], torch.empty_like(t)
+        out[:, 0::2], out[:, 1::2] = even * cos - odd * sin, even * sin + odd * cos
+        return out
+
+    for i in range(params["n_layers"]):
+        p = f"layers.{i}."
+        h = norm(x, p + "attention_norm.weight")
+        q, k, v = (h @ w[f"{p}attention.{n}.weight"].T for n in ("wq", "wk", "wv"))
+        mixed = []
+        for head in range(heads):
+            group = head * kv // heads
+            one, two = slice(head * size, (head + 1) * size), slice(group * size, (group + 1) * size)
+            scores = rotate(q[:, one]) @ rotate(k[:, two]).T / math.sqrt(size)
+            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -math.inf)
+            mixed.append(scores.softmax(-1) @ v[:, two])
+        x = x + torch.cat(mixed, 1) @ w[p + "attention.wo.weight"].T
+        h = norm(x, p + "ffn_norm.weight")
+        gate = h @ w[p + "feed_forward.w1.weight"].T
+        x = x + (gate * gate.sigmoid() * (h @ w[p + "feed_forward.w3.weight"].T)) @ w[p + "feed_forward.w2.weight"].T
+    return norm(x, "norm.weight") @ w["output.weight"].T
+
+
+def convert(*command, error: bool = False) -> str:
+    """Runs main() in this process with a command line; returns the error message if one is expected."""
+    argv, sys.argv = sys.argv, [SCRIPT, *map(str, command)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        converter.main()
+    except SystemExit as stop:
+        if not error:
+            pytest.fail(str(stop.code))
+        return str(stop.code)
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert not error, "the command succeeded"
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / "conversion_report.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory, spm_file, tiktoken_file):
+    """Converts a generation once; gives (Meta's folder, Hugging Face's folder, whole weights)."""
+    made = {}
+
+    def convert_once(name: str):
+        if name not in made:
+            params, num_shards, kind, options = GENERATIONS[name]
+            root = tmp_path_factory.mktemp(name)
+            tokenizer = spm_file if kind == "spm" else tiktoken_file
+            weights = make_meta(root / "meta", tokenizer, params, num_shards, **options)
+            convert("--input_dir", root / "meta", "--output_dir", root / "hf")
+            made[name] = root / "meta", root / "hf", weights
+        return made[name]
+
+    return convert_once
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Every generation: configuration, logits, names and files
+# ------------------------------------------------------------------------------------------------------------------
+
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_ROPE |= {"original_max_position_embeddings": 8192}
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+EXPECTED = {  # context, rope, tied
+    "llama1_7b": (2048, PLAIN_ROPE, False),
+    "llama1_13b": (2048, PLAIN_ROPE, False),
+    "llama1_30b": (2048, PLAIN_ROPE, False),
+    "llama1_65b": (2048, PLAIN_ROPE, False),
+    "llama2_7b": (4096, PLAIN_ROPE, False),
+    "llama2_70b": (4096, PLAIN_ROPE, False),
+    "llama2_70b_copies": (4096, PLAIN_ROPE, False),
+    "code_llama": (16384, PLAIN_ROPE | {"rope_theta": 1000000.0}, False),
+    "llama3_8b": (8192, PLAIN_ROPE | {"rope_theta": 500000.0}, False),
+    "llama3_70b": (8192, PLAIN_ROPE | {"rope_theta": 500000.0}, False),
+    "llama31_8b": (131072, LLAMA3_ROPE | {"factor": 8.0}, False),
+    "llama31_405b": (131072, LLAMA3_ROPE | {"factor": 8.0}, False),
+    "llama32_1b": (131072, LLAMA3_ROPE | {"factor": 32.0}, True),
+    "llama32_3b": (131072, LLAMA3_ROPE | {"factor": 32.0}, True),
+    "llama33_70b": (131072, LLAMA3_ROPE | {"factor": 8.0}, False),
+}
+
+
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_the_configuration_is_that_of_the_generation(name, converted):
+    meta, hf, weights = converted(name)
+    params = GENERATIONS[name][0]
+    config, (context, rope, tied) = AutoConfig.from_pretrained(hf), EXPECTED[name]
+    assert config.model_type == "llama" and config.architectures == ["LlamaForCausalLM"]
+    assert config.max_position_embeddings == context
+    assert config.rope_parameters == rope
+    assert config.tie_word_embeddings is tied
+    assert config.rms_norm_eps == params["norm_eps"]
+    assert config.num_key_value_heads == params.get("n_kv_heads", params["n_heads"])
+    assert config.intermediate_size == ffn_rows(params)
+    assert config.vocab_size == len(weights["tok_embeddings.weight"])
+    assert config.dtype == GENERATIONS[name][3].get("dtype", torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_the_logits_are_those_of_the_papers(name, converted):
+    """Near and far positions: with near ones only, the scaled frequencies would hardly show."""
+    meta, hf, weights = converted(name)
+    params = GENERATIONS[name][0]
+    ids = [1, 5, 77, 300, SPM_SIZE - 1, 12, 90, 200, 201, 3]
+    positions = [0, 1, 2, 3, 100, 101, 1000, 1500, 2000, 2047]
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    with torch.no_grad():
+        # One row of known positions is one document only if transformers is told so by a mask.
+        mask = torch.zeros(1, 1, len(ids), len(ids)).masked_fill(torch.ones(len(ids), len(ids)).triu(1).bool(), -1e30)
+        found = model(torch.tensor([ids]), attention_mask=mask, position_ids=torch.tensor([positions])).logits[0]
+    expected = expected_logits(weights, params, ids, EXPECTED[name][1].get("factor"), positions)
+    assert (found - expected).abs().max() < 5e-4 * expected.abs().max()
+
+
+def test_the_scaling_factor_shows_in_the_logits(converted):
+    """Else the comparison above would prove nothing about it."""
+    meta, hf, weights = converted("llama31_8b")
+    params, positions = GENERATIONS["llama31_8b"][0], [0, 1, 2, 3, 100, 101, 1000, 1500, 2000, 2047]
+    ids = [1, 5, 77, 300, SPM_SIZE - 1, 12, 90, 200, 201, 3]
+    eight, other = (expected_logits(weights, params, ids, factor, positions) for factor in (8, 32))
+    assert (eight - other).abs().max() > 5e-3 * eight.abs().max()
+
+
+def test_the_scaling_factor_can_be_given(tmp_path, tiktoken_file):
+    make_meta(tmp_path / "meta", tiktoken_file, SCALED)
+    convert("--input_dir", tmp_path / "meta", "--output_dir", tmp_path / "hf", "--rope_scaling_factor", 16)
+    assert AutoConfig.from_pretrained(tmp_path / "hf").rope_parameters["factor"] == 16
+    # Back and forth: Meta's own files do not state it, so ours does.
+    convert("--to_meta", "--input_dir", tmp_path / "hf", "--output_dir", tmp_path / "back")
+    convert("--input_dir", tmp_path / "back", "--output_dir", tmp_path / "again")
+    assert AutoConfig.from_pretrained(tmp_path / "again").rope_parameters["factor"] == 16
+
+
+@pytest.mark.parametrize("name", ["llama1_13b", "llama2_70b", "llama3_70b", "llama32_1b"])
+def test_every_number_of_the_shards_is_in_the_files(name, converted):
+    """Bit for bit, with the rows of q and k in the order that transformers documents: first halves of pairs first."""
+    meta, hf, weights = converted(name)
+    written, params = load_file(hf / "model.safetensors"), GENERATIONS[name][0]
+    names = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj"}
+    names |= {
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+    }
+    names |= {"feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm"}
+    names |= {"ffn_norm": "post_attention_layernorm"}
+    size, expected = params["dim"] // params["n_heads"], {}
+    for key, weight in weights.items():
+        if key.startswith("layers"):
+            _, i, part = key.removesuffix(".weight").split(".", 2)
+            if part in ("attention.wq", "attention.wk"):
+                rows = [
+                    h * size + r for h in range(len(weight) // size) for r in (*range(0, size, 2), *range(1, size, 2))
+                ]
+                weight = weight[rows]
+            expected[f"model.layers.{i}.{names[part]}.weight"] = weight
+    expected["model.embed_tokens.weight"], expected["model.norm.weight"] = (
+        weights["tok_embeddings.weight"],
+        weights["norm.weight"],
+    )
+    if not EXPECTED[name][2]:
+        expected["lm_head.weight"] = weights["output.weight"]
+    assert written.keys() == expected.keys()
+    assert all(
+        written[key].dtype == expected[key].dtype and torch.equal(written[key], expected[key]) for key in expected
+    )
+
+
+def test_shards_of_the_size_asked_for(tmp_path, spm_file):
+    weights = make_meta(tmp_path / "meta", spm_file, SMALL)
+    convert("--input_dir", tmp_path / "meta", "--output_dir", tmp_path / "hf", "--max_shard_size", "0.1MB")
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "hf").glob("model-*.safetensors"))
+    assert len(files) > 2 and {path.name for path in files} == set(index["weight_map"].values())
+    assert all(path.stat().st_size < 0.1e6 + 5000 for path in files)
+    assert index["metadata"]["total_size"] == sum(weight.numel() * 2 for weight in weights.values())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        found = model(torch.tensor([[1, 2, 3]])).logits[0]
+    assert torch.allclose(found.double(), expected_logits(weights, SMALL, [1, 2, 3], None), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_dtype_asked_for(dtype, tmp_path, spm_file):
+    weights = make_meta(tmp_path / "meta", spm_file, SMALL, 2, dtype=torch.float32)
+    convert("--input_dir", tmp_path / "meta", "--output_dir", tmp_path / "hf", "--dtype", dtype)
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in written.values()} == {f"torch.{dtype}"}
+    assert AutoConfig.from_pretrained(tmp_path / "hf").dtype == getattr(torch, dtype)
+    assert torch.equal(written["lm_head.weight"], weights["output.weight"].to(getattr(torch, dtype)))
+
+
+def test_a_value_that_the_dtype_cannot_hold_is_an_error(tmp_path, spm_file):
+    make_meta(tmp_path / "meta", spm_file, SMALL)
+    path = tmp_path / "meta" / "consolidated.00.pth"
+    shard = torch.load(path, weights_only=True)
+    shard["layers.1.feed_forward.w2.weight"][3, 5] = 1e6
+    torch.save(shard, path)
+    for verify in (True, False):
+        message = convert("--input_dir", tmp_path / "meta", "--output_dir", tmp_path / "hf", "--dtype", "float16",
+                          "--verify", verify, error=True)  # fmt: skip
+        assert "layers.1.feed_forward.w2.weight" in message and "--dtype" in message
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["meta"]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The proof can fail
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_holds_what_was_compared(converted):
+    meta, hf, weights = converted("llama3_70b")
+    report, layers = report_of(hf), GENERATIONS["llama3_70b"][0]["n_layers"]
+    proof = report["verification"]
+    assert report["verified"] is True
+    assert list(proof["max_difference"]) == [*(f"layer {i}" for i in range(layers)), "logits"]
+    assert list(proof["relative_difference"]) == list(proof["max_difference"])
+    assert all(0 <= value < 1e-4 for value in proof["relative_difference"].values())
+    assert len(proof["prompt_ids"]) == len(proof["position_ids"]) == 32
+    assert proof["tensors_with_equal_values"] == 9 * layers + 3
+    for side, folder in (("inputs", meta), ("outputs", hf)):
+        names = {path.name for path in folder.iterdir()} - {"conversion_report.json"}
+        assert report["sha256"][side].keys() == names
+        for name, digest in report["sha256"][side].items():
+            assert digest == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+
+
+def test_without_verify_nothing_is_compared_or_hashed(tmp_path, spm_file):
+    make_meta(tmp_path / "meta", spm_file, SMALL)
+    convert("--input_dir", tmp_path / "meta", "--output_dir", tmp_path / "hf", "--verify", "False")
+    report = report_of(tmp_path / "hf")
+    assert report["verified"] is False and "sha256" not in report and "verification" not in report
+
+
+def plan_of(folder: Path):
+    args = converter.Arguments(input_dir=str(folder), output_dir=str(folder.parent / "unused"))
+    return converter.check_arguments(args)
+
+
+def rewrite(hf: Path, change) -> None:
+    """Changes tensors of a written model without touching anything else."""
+    from safetensors.torch import save_file
+
+    tensors = load_file(hf / "model.safetensors")
+    change(tensors)
+    save_file(
+        {name: tensor.clone().contiguous() for name, tensor in tensors.items()},
+        hf / "model.safetensors",
+        {"format": "pt"},
+    )
+
+
+def swap_rotary_order(tensors, name="q_proj"):
+    for key, tensor in tensors.items():
+        if name in key:  # as if Meta's order had been kept
+            tensors[key] = tensor.unflatten(0, (-1, 2, 4)).transpose(1, 2).flatten(0, 2)
+
+
+BREAKS = {
+    "q_order": lambda t: swap_rotary_order(t, "q_proj"),
+    "k_order": lambda t: swap_rotary_order(t, "k_proj"),
+    "kv_heads": lambda t: t.update({k: v.roll(8, 0) for k, v in t.items() if "v_proj" in k}),
+    "gate_up": lambda t: t.update({k: t[k.replace("gate", "up")] for k in t if "gate_proj" in k}),
+    "norms": lambda t: t.update({k: t[k.replace("input", "post_attention")] for k in t if "input_layernorm" in k}),
+    "one_value": lambda t: t["model.layers.1.mlp.down_proj.weight"].view(-1)[77].add_(1),
+    "not_a_number": lambda t: t["model.norm.weight"].view(-1)[3].fill_(float("nan")),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_wrong_weight_is_found_by_value_and_by_computation(name, converted, tmp_path):
+    meta, hf, _ = converted("llama2_70b")
+    shutil.copytree(hf, tmp_path / "hf")
+    rewrite(tmp_path / "hf", BREAKS[name])
+    plan = plan_of(meta)
+    with pytest.raises(ValueError, match="verification: .*has not the values of"):
+        converter.verify(plan, plan.shards, tmp_path / "hf")
+    if name != "one_value":  # the computation alone finds it as well
+        plan.weights = []
+        with pytest.raises(ValueError, match="verification: (layer|logits).*differs"):
+            converter.verify(plan, plan.shards, tmp_path / "hf")
+
+
+WRONG_CONFIGS = {
+    "rope_theta": ("code_llama", {"rope_parameters": PLAIN_ROPE}),
+    "rope_factor": ("llama31_8b", {"rope_parameters": LLAMA3_ROPE | {"factor": 32.0}}),
+    "no_scaling": ("llama32_1b", {"rope_parameters": PLAIN_ROPE | {"rope_theta": 500000.0}}),
+    "kv_heads": ("llama2_70b", {"num_attention_heads": 4, "head_dim": 16, "num_key_value_heads": 2}),
+    "epsilon": ("llama2_7b", {"rms_norm_eps": 1e-1}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CONFIGS)
+def test_a_wrong_configuration_is_found(name, converted, tmp_path):
+    generation, wrong = WRONG_CONFIGS[name]
+    meta, hf, _ = converted(generation)
+    shutil.copytree(hf, tmp_path / "hf")
+    config = json.loads((hf / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | wrong))
+    plan = plan_of(meta)
+    with pytest.raises(ValueError, match="verification: layer 0 .*differs"):
+        converter.verify(plan, plan.shards, tmp_path / "hf")
+
+
+def convert_with(old: str, new: str, count: int, root: Path, monkeypatch) -> str:
+    """Converts root/meta with a copy of the script in which a piece of the source is another; returns the error."""
+    source = (ROOT / SCRIPT).read_text(encoding="utf-8")
+    assert source.count(old) == count
+    (root / "broken_converter.py").write_text(source.replace(old, new), encoding="utf-8")
+    monkeypatch.syspath_prepend(root)
+    broken = importlib.import_module("broken_converter")
+    try:
+        monkeypatch.setattr(sys.modules[__name__], "converter", broken)
+        message = convert("--input_dir", root / "meta", "--output_dir", root / "hf", error=True)
+    finally:
+        del sys.modules["broken_converter"]
+    assert not (root / "hf").exists() and not (root / "hf.incomplete").exists()
+    return message
+
+
+def test_a_permutation_broken_in_the_converter_fails_the_whole_command(tmp_path, spm_file, monkeypatch):
+    make_meta(tmp_path / "meta", spm_file, GQA, 2)
+    right = "block.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)"
+    assert "error: verification: " in convert_with(right, "block", 1, tmp_path, monkeypatch)
+
+
+def test_both_directions_broken_alike_are_caught_by_the_computation(tmp_path, spm_file, monkeypatch):
+    """A permutation left out there and back again passes the comparison of values, not that of states."""
+    make_meta(tmp_path / "meta", spm_file, GQA, 2)
+    message = convert_with("if weight.rotary:", "if False:", 2, tmp_path, monkeypatch)
+    assert "error: verification: layer 0 of the converted model differs" in message
+
+
+def test_a_scaling_factor_written_wrong_is_caught(tmp_path, tiktoken_file, monkeypatch):
+    make_meta(tmp_path / "meta", tiktoken_file, SCALED | WIDE)
+    wrong = "plan.config.rope_parameters['factor'] *= 4; plan.config.save_pretrained(folder)"
+    wrong += "; plan.config.rope_parameters['factor'] /= 4"
+    message = convert_with("plan.config.save_pretrained(folder)", wrong, 1, tmp_path, monkeypatch)
+    assert "error: verification: layer 0 of the converted model differs" in message
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Back to Meta
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def same_checkpoint(one: Path, two: Path) -> None:
+    names = sorted(path.name for path in one.glob("*.pth"))
+    assert names == sorted(path.name for path in two.glob("*.pth"))
+    for name in names:
+        a, b = (torch.load(folder / name, weights_only=True) for folder in (one, two))
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].dtype == b[key].dtype and a[key].shape == b[key].shape
+            assert torch.equal(a[key].view(torch.uint8), b[key].view(torch.uint8)), key
+    assert (one / "tokenizer.model").read_bytes() == (two / "tokenizer.model").read_bytes()
+    assert json.loads((one / "params.json").read_text()) == json.loads((two / "params.json").read_text())
+
+
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_there_and_back_is_the_same_bits(name, converted, tmp_path):
+    """1, 2, 4 and 8 shards, with all that Hugging Face's format does not show: division, tables, a stored output."""
+    meta, hf, _ = converted(name)
+    convert("--to_meta", "--input_dir", hf, "--output_dir", tmp_path / "back")
+    same_checkpoint(meta, tmp_path / "back")
+    assert report_of(tmp_path / "back")["verified"] is True
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4, 8])
+def test_a_model_without_a_report_gets_the_shards_asked_for(num_shards, converted, tmp_path):
+    """As after fine-tuning: only what transformers saved is there."""
+    meta, hf, weights = converted("llama31_8b")
+    model = AutoModelForCausalLM.from_pretrained(hf)
+    model.save_pretrained(tmp_path / "tuned")
+    shutil.copyfile(hf / "tokenizer.model", tmp_path / "tuned" / "tokenizer.model")
+    convert("--to_meta", "--input_dir", tmp_path / "tuned", "--output_dir", tmp_path / "m", "--num_shards", num_shards)
+    shards = [torch.load(path, weights_only=True) for path in sorted((tmp_path / "m").glob("*.pth"))]
+    assert len(shards) == num_shards
+    for i, shard in enumerate(shards):
+        for key, weight in weights.items():
+            assert torch.equal(shard[key], piece_of(key, weight, i, num_shards, True, 4)), key
+    convert("--input_dir", tmp_path / "m", "--output_dir", tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "config.json").read_bytes() == (hf / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("num_shards", [2, 8])
+def test_another_number_of_shards_computes_the_same(num_shards, converted, tmp_path):
+    """More shards than key/value heads: neighbours hold copies, as Meta stored its model of 405B for 16 processes."""
+    meta, hf, weights = converted("llama2_7b" if num_shards == 2 else "llama2_70b")
+    convert("--to_meta", "--input_dir", hf, "--output_dir", tmp_path / "m", "--num_shards", num_shards)
+    num_kv = 8 if num_shards == 2 else 4
+    for i, path in enumerate(sorted((tmp_path / "m").glob("*.pth"))):
+        shard = torch.load(path, weights_only=True)
+        assert all(torch.equal(shard[k], piece_of(k, w, i, num_shards, False, num_kv)) for k, w in weights.items())
+
+
+def test_a_model_that_meta_cannot_express_is_refused(converted, tmp_path):
+    meta, hf, _ = converted("llama31_8b")
+    config = json.loads((hf / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "rope_theta": 500000.0, "factor": 4.0, "original_max_position_embeddings": 8192}
+    wrong = [({"attention_bias": True}, "attention_bias"), ({"rope_parameters": yarn}, "rope_parameters")]
+    wrong += [({"rope_parameters": LLAMA3_ROPE | {"factor": 8.0, "low_freq_factor": 2.0}}, "rope_parameters")]
+    wrong += [
+        ({"head_dim": 8}, "head_dim"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"model_type": "mistral"}, "mistral"),
+    ]
+    wrong += [
+        ({"intermediate_size": 100}, "mlp.gate_proj"),
+        ({"bos_token_id": 5}, "BOS 5"),
+        ({"eos_token_id": 5}, "EOS 5"),
+    ]
+    wrong += [({"vocab_size": 700}, "embed_tokens")]
+    for i, (change, found) in enumerate(wrong):
+        folder = tmp_path / str(i)
+        shutil.copytree(hf, folder)
+        (folder / "config.json").write_text(json.dumps(config | change))
+        message = convert("--to_meta", "--input_dir", folder, "--output_dir", tmp_path / "out", error=True)
+        assert message.startswith("error: --input_dir ") and found in message
+        assert not (tmp_path / "out").exists()
+    message = convert("--to_meta", "--input_dir", hf, "--output_dir", tmp_path / "out", "--num_shards", 3, error=True)
+    assert "3 shards do not divide" in message
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in convert(
+        "--to_meta", "--input_dir", tmp_path / "empty", "--output_dir", tmp_path / "out", error=True
+    )
+    shutil.copytree(hf, tmp_path / "cut")
+    data = (hf / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(data[:-100])
+    assert "truncated" in convert(
+        "--to_meta", "--input_dir", tmp_path / "cut", "--output_dir", tmp_path / "out", error=True
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def test_sentencepiece_ids_are_the_same(converted, spm_file):
+    """Also after the tokenizer was saved once more, as fine-tuning does."""
+    _, hf, _ = converted("llama2_7b")
+    reader, tokenizer = sentencepiece.SentencePieceProcessor(str(spm_file)), AutoTokenizer.from_pretrained(hf)
+    texts = random_texts(6000)
+    assert len(texts) > 5000
+    found = tokenizer(texts).input_ids
+    differing = [text for text, ids in zip(texts, found, strict=True) if ids != [1, *reader.encode(text)]]
+    assert differing == []
+    for _, ids in zip(texts[::10], found[::10], strict=True):
+        assert tokenizer.decode(ids, skip_special_tokens=True) == reader.decode(ids[1:])
+
+
+def test_tiktoken_ids_are_the_same(converted, tiktoken_file):
+    _, hf, _ = converted("llama3_8b")
+    tokenizer, ranks = AutoTokenizer.from_pretrained(hf), read_ranks(tiktoken_file)
+    texts = random_texts(6000)
+    for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True):
+        expected = [i for word in words_of(text) for i in encode_bytes(word.encode(), ranks)]
+        assert ids == [len(ranks), *expected], repr(text)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_tiktoken_itself_agrees(converted, tiktoken_file):
+    """Where the package is installed; it is no requirement."""
+    tiktoken = pytest.importorskip("tiktoken")
+    _, hf, _ = converted("llama3_8b")
+    ranks = read_ranks(tiktoken_file)
+    encoding = tiktoken.Encoding("test", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
+    texts = random_texts(6000)
+    for text, ids in zip(texts, AutoTokenizer.from_pretrained(hf)(texts).input_ids, strict=True):
+        assert ids[1:] == encoding.encode(text, disallowed_special=())
+
+
+@pytest.mark.parametrize("name", ["llama2_7b", "llama3_8b", "llama31_8b"])
+def test_a_tokenizer_saved_again_is_the_same(name, converted, tmp_path):
+    _, hf, _ = converted(name)
+    first = AutoTokenizer.from_pretrained(hf)
+    first.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((hf / "config.json").read_text())
+    second, texts = AutoTokenizer.from_pretrained(tmp_path), random_texts(300)
+    assert first(texts).input_ids == second(texts).input_ids
+    assert first(texts[20], texts[21]).input_ids == second(texts[20], texts[21]).input_ids
+    assert (first.bos_token_id, first.eos_token_id, first.pad_token_id) == (
+        second.bos_token_id,
+        second.eos_token_id,
+        second.pad_token_id,
+    )
+
+
+def ids_everywhere(hf: Path):
+    tokenizer, config, generation = (c.from_pretrained(hf) for c in (AutoTokenizer, AutoConfig, GenerationConfig))
+    assert tokenizer.bos_token_id == config.bos_token_id == generation.bos_token_id
+    assert config.eos_token_id == generation.eos_token_id
+    assert tokenizer.pad_token_id == config.pad_token_id == generation.pad_token_id
+    return tokenizer, config
+
+
+def test_ids_are_consistent_everywhere(converted):
+    tokenizer, config = ids_everywhere(converted("llama2_7b")[1])
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, config.eos_token_id) == (
+        1,
+        2,
+        None,
+        2,
+    )
+    base = TIKTOKEN_SIZE - 256
+    tokenizer, config = ids_everywhere(converted("llama3_8b")[1])
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (base, base + 1, None)
+    assert config.eos_token_id == base + 1
+    tokenizer, config = ids_everywhere(converted("llama31_8b")[1])
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (base, base + 1, base + 4)
+    assert tokenizer.chat_template is None
+
+
+@pytest.mark.parametrize(("params", "stops"), [(LLAMA3, [1, 9]), (SCALED, [1, 8, 9])])
+def test_instruct_has_template_and_stop_ids(params, stops, tmp_path, tiktoken_file):
+    """Special tokens at the places that Meta's code gives them; a chat as Meta's ChatFormat renders it."""
+    make_meta(tmp_path / "Llama3-8B-Instruct", tiktoken_file, params)
+    convert("--input_dir", tmp_path / "Llama3-8B-Instruct", "--output_dir", tmp_path / "hf")
+    tokenizer, config = ids_everywhere(tmp_path / "hf")
+    base = TIKTOKEN_SIZE - 256
+    assert config.eos_token_id == [base + i for i in stops] and tokenizer.eos_token_id == base + 9
+    names = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]
+    if params is SCALED:
+        names += [
+            "<|finetune_right_pad_id|>",
+            "<|reserved_special_token_2|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+        ]
+        names += ["<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|reserved_special_token_3|>"]
+    else:
+        names += ["<|reserved_special_token_2|>", "<|reserved_special_token_3|>", "<|start_header_id|>"]
+        names += ["<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>", "<|reserved_special_token_5|>"]
+    assert tokenizer.convert_tokens_to_ids(names) == [base + i for i in range(len(names))]
+    last = "<|reserved_special_token_247|>" if params is SCALED else "<|reserved_special_token_250|>"
+    assert tokenizer.convert_tokens_to_ids(last) == base + 255 and len(tokenizer) == TIKTOKEN_SIZE
+    chat = [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": " 1+1?\n"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n".format
+    expected = f"<|begin_of_text|>{head('system')}Be brief.<|eot_id|>{head('user')}1+1?<|eot_id|>{head('assistant')}"
+    assert text == expected
+    ids, ranks = tokenizer(text, add_special_tokens=False).input_ids, read_ranks(tiktoken_file)
+    plain = lambda t: [i for word in words_of(t) for i in encode_bytes(word.encode(), ranks)]  # noqa: E731
+    assert ids[:3] == [base, base + 6, plain("system")[0]] and ids.count(base) == 1
+    assert ids[-len(plain("assistant")) - 2 - len(plain("\n\n")) + 1 :] == [
+        *plain("assistant"),
+        base + 7,
+        *plain("\n\n"),
+    ]
+
+
+def test_tokenizer_only_needs_no_weights(tmp_path, spm_file, converted):
+    (tmp_path / "meta").mkdir()
+    shutil.copyfile(spm_file, tmp_path / "meta" / "tokenizer.model")
+    convert("--input_dir", tmp_path / "meta", "--output_dir", tmp_path / "hf", "--tokenizer_only")
+    names = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "conversion_report.json"}
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == names
+    texts = random_texts(100)
+    whole = AutoTokenizer.from_pretrained(converted("llama2_7b")[1])
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")(texts).input_ids == whole(texts).input_ids
+
+
+def test_the_tokenizer_may_lie_beside_the_folder(tmp_path, spm_file):
+    make_meta(tmp_path / "7B", spm_file, LLAMA1)
+    (tmp_path / "7B" / "tokenizer.model").rename(tmp_path / "tokenizer.model")
+    convert("--input_dir", tmp_path / "7B", "--output_dir", tmp_path / "hf")
+    assert "tokenizer.model" in report_of(tmp_path / "hf")["sha256"]["inputs"]
+
+
+def test_a_tokenizer_that_would_differ_is_refused(tmp_path, spm_file, monkeypatch):
+    """A model that changes the text, and a conversion with a wrong merge list."""
+    (tmp_path / "corpus.txt").write_text("\n".join(corpus()), encoding="utf-8")
+    (tmp_path / "meta").mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "meta" / "tokenizer"), vocab_size=SPM_SIZE,
+        model_type="bpe", byte_fallback=True, minloglevel=2, max_sentence_length=100000, num_threads=1,
+        character_coverage=0.98,
+    )  # fmt: skip
+    flags = ("--input_dir", tmp_path / "meta", "--output_dir", tmp_path / "hf", "--tokenizer_only")
+    assert "leaves the text as it is" in convert(*flags, error=True)
+    shutil.copyfile(spm_file, tmp_path / "meta" / "tokenizer.model")
+    right = converter.find_merges
+    monkeypatch.setattr(converter, "find_merges", lambda pieces: right(pieces)[::-1])
+    assert "the tokenizer gives" in convert(*flags, error=True)
+    assert not (tmp_path / "hf").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Users' mistakes: one error, nothing left behind
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def edit_params(change):
+    def edit(meta: Path, root: Path):
+        path = meta / "params.json"
+        path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | change).items() if v != "gone"}))
+
+    return edit
+
+
+def edit_shard(change, number: int = 1):
+    def edit(meta: Path, root: Path):
+        path = meta / f"consolidated.{number:02d}.pth"
+        shard = torch.load(path, weights_only=True)
+        change(shard)
+        torch.save(shard, path)
+
+    return edit
+
+
+def cut(name: str, size: float):
+    def edit(meta: Path, root: Path):
+        data = (meta / name).read_bytes()
+        (meta / name).write_bytes(data[: int(len(data) * size)])
+
+    return edit
+
+
+def replace(name: str, data: bytes):
+    return lambda meta, root: (meta / name).write_bytes(data)
+
+
+def run_evil(meta: Path, root: Path):
+    shard = torch.load(meta / "consolidated.01.pth", weights_only=True)
+    torch.save(shard | {"evil": Evil(str(root / "executed"))}, meta / "consolidated.01.pth")
+
+
+def old_format(meta: Path, root: Path):
+    path = meta / "consolidated.01.pth"
+    torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
+
+
+def evil_old_format(meta: Path, root: Path):
+    (meta / "consolidated.01.pth").write_bytes(pickle.dumps(Evil(str(root / "executed"))))
+
+
+def fill_output(meta: Path, root: Path):
+    (root / "out").mkdir()
+    (root / "out" / "mine.txt").write_text("keep")
+
+
+MISTAKES = {  # what is done to a good checkpoint of 2 shards, and what the message must name
+    "truncated shard": (cut("consolidated.01.pth", 0.9), ["consolidated.01.pth", "truncated", "download it again"]),
+    "hardly anything": (cut("consolidated.00.pth", 0.001), ["consolidated.00.pth", "truncated"]),
+    "empty shard": (cut("consolidated.01.pth", 0), ["consolidated.01.pth", "truncated"]),
+    "a web page": (
+        replace("consolidated.01.pth", b"<html>expired</html>"),
+        ["consolidated.01.pth", "download it again"],
+    ),
+    "first shard missing": (lambda m, r: (m / "consolidated.00.pth").unlink(), ["consolidated.00.pth is missing"]),
+    "last shard missing": (lambda m, r: (m / "consolidated.01.pth").unlink(), ["a shard is missing", "1 shards"]),
+    "no shards": (lambda m, r: [p.unlink() for p in m.glob("*.pth")], ["consolidated.00.pth is missing"]),
+    "more heads": (edit_params({"n_kv_heads": 4}), ["attention.wk.weight", "params.json"]),
+    "other width": (edit_params({"dim": 128}), ["params.json"]),
+    "fewer layers": (edit_params({"n_layers": 1}), ["layers.1.", "unknown"]),
+    "more layers": (edit_params({"n_layers": 3}), ["layers.2.attention.wq.weight is missing"]),
+    "heads that do not divide": (edit_params({"n_heads": 7}), ["64", "7"]),
+    "other feed-forward": (edit_params({"multiple_of": 256}), ["feed_forward.w1.weight"]),
+    "no dim": (edit_params({"dim": "gone"}), ["params.json", "dim"]),
+    "dim in words": (edit_params({"dim": "many"}), ["params.json", "dim"]),
+    "quantized": (edit_params({"quantization_args": {"group_size": 32}}), ["quantization_args"]),
+    "damaged params": (replace("params.json", b"{"), ["params.json", "download it again"]),
+    "no params": (lambda m, r: (m / "params.json").unlink(), ["no params.json"]),
+    "missing key": (edit_shard(lambda s: s.pop("norm.weight")), ["norm.weight is missing in shard 1"]),
+    "unknown key": (edit_shard(lambda s: s.update(extra=torch.ones(2))), ["extra is unknown"]),
+    "integers": (edit_shard(lambda s: s.update({"norm.weight": torch.ones(64, dtype=torch.int8)})), ["torch.int8"]),
+    "norms differ": (edit_shard(lambda s: s["norm.weight"].add_(1)), ["norm.weight must be equal", "shard 1"]),
+    "code in the pickle": (run_evil, ["consolidated.01.pth", "was not opened"]),
+    "old format": (old_format, ["consolidated.01.pth", "old format", "python -c"]),
+    "code in the old format": (evil_old_format, ["consolidated.01.pth", "old format"]),
+    "no tokenizer": (lambda m, r: (m / "tokenizer.model").unlink(), ["no tokenizer.model", "copy it there"]),
+    "damaged tokenizer": (cut("tokenizer.model", 0.7), ["tokenizer.model"]),
+    "no tokenizer at all": (replace("tokenizer.model", b"\x00" * 100), ["tokenizer.model"]),
+    "full output": (fill_output, ["--output_dir", "not empty"]),
+}
+
+
+def left_in(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_error_and_leaves_nothing(name, tmp_path, converted):
+    meta, _, _ = converted("llama1_13b")
+    edit, words = MISTAKES[name]
+    shutil.copytree(meta, tmp_path / "meta")
+    edit(tmp_path / "meta", tmp_path)
+    before = left_in(tmp_path)
+    message = convert("--input_dir", tmp_path / "meta", "--output_dir", tmp_path / "out", error=True)
+    assert message.startswith("error: --") and all(word in message for word in words), message
+    assert left_in(tmp_path) == before and not (tmp_path / "executed").exists()
+
+
+def test_the_remedy_for_the_old_format_works(tmp_path, converted):
+    meta, _, _ = converted("llama1_13b")
+    shutil.copytree(meta, tmp_path / "meta")
+    old_format(tmp_path / "meta", tmp_path)
+    message = convert("--input_dir", tmp_path / "meta", "--output_dir", tmp_path / "out", error=True)
+    remedy = message[message.index("import torch") : message.rindex('"')]
+    subprocess.run([sys.executable, "-c", remedy], check=True, cwd=tmp_path)
+    convert("--input_dir", tmp_path / "meta", "--output_dir", tmp_path / "out")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, spm_file, tiktoken_file):
+    make_meta(tmp_path / "meta", tiktoken_file, LLAMA3)
+    shutil.copyfile(spm_file, tmp_path / "meta" / "tokenizer.model")
+    message = convert("--input_dir", tmp_path / "meta", "--output_dir", tmp_path / "out", error=True)
+    assert f"{SPM_SIZE} tokens" in message and f"{TIKTOKEN_SIZE}" in message and not (tmp_path / "out").exists()
+
+
+def test_copies_of_a_key_value_head_must_be_equal(tmp_path, spm_file):
+    make_meta(tmp_path / "meta", spm_file, GQA, 8)
+    edit_shard(lambda shard: shard["layers.1.attention.wv.weight"].add_(1), 3)(tmp_path / "meta", tmp_path)
+    message = convert("--input_dir", tmp_path / "meta", "--output_dir", tmp_path / "out", error=True)
+    assert "layers.1.attention.wv.weight must be equal" in message and "shard 3" in message
+
+
+def test_all_mistakes_in_flags_are_named_at_once(tmp_path):
+    message = convert("--input_dir", tmp_path / "no", "--output_dir", tmp_path / "out", "--dtype", "int8",
+                      "--max_shard_size", "big", "--num_shards", 2, "--rope_scaling_factor", 0, error=True)  # fmt: skip
+    for name in ("input_dir", "dtype int8", "max_shard_size big", "num_shards 2", "rope_scaling_factor 0.0"):
+        assert f"--{name}" in message
+    assert left_in(tmp_path) == []
+
+
+def test_a_scaling_factor_without_scaling_is_refused(tmp_path, converted):
+    meta, _, _ = converted("llama3_8b")
+    flags = ("--input_dir", meta, "--output_dir", tmp_path / "out", "--rope_scaling_factor", 8)
+    assert "use_scaled_rope" in convert(*flags, error=True)
+
+
+def test_too_small_a_disk_is_noticed_before_starting(tmp_path, spm_file):
+    """A checkpoint of 6.6 TB: each feed-forward matrix is one number seen many times, so that its file is small."""
+    make_meta(tmp_path / "meta", spm_file, SMALL)
+    rows, one = 2**33, torch.ones(1, dtype=torch.bfloat16)
+
+    def grow(shard):
+        for i in range(2):
+            shard |= {f"layers.{i}.feed_forward.{w}.weight": one.expand(rows, 64) for w in ("w1", "w3")}
+            shard[f"layers.{i}.feed_forward.w2.weight"] = one.expand(64, rows)
+
+    edit_shard(grow, 0)(tmp_path / "meta", tmp_path)
+    edit_params({"multiple_of": rows})(tmp_path / "meta", tmp_path)
+    assert (tmp_path / "meta" / "consolidated.00.pth").stat().st_size < 1e6
+    before = left_in(tmp_path)
+    message = convert("--input_dir", tmp_path / "meta", "--output_dir", tmp_path / "deep" / "out", error=True)
+    assert message.startswith("error: --output_dir") and "6597.1 GB are needed" in message
+    assert left_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("direction", ["to_hf", "to_meta"])
+def test_a_write_that_fails_leaves_nothing(direction, tmp_path, converted):
+    """The operating system refuses files above 100 kB, as it would on a full disk."""
+    meta, hf, _ = converted("llama1_7b")
+    flags = ["--input_dir", meta] if direction == "to_hf" else ["--to_meta", "--input_dir", hf]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        message = convert(*flags, "--output_dir", tmp_path / "deep" / "out", error=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert message.startswith("error: ") and "nothing was written" in message
+    assert left_in(tmp_path) == []
+
+
+@pytest.fixture(scope="session")
+def deep_meta(tmp_path_factory, spm_file) -> Path:
+    """Many small layers: the conversion takes seconds, time enough to kill it."""
+    folder = tmp_path_factory.mktemp("deep") / "meta"
+    make_meta(folder, spm_file, SMALL | {"n_layers": 150})
+    return folder
+
+
+def start_and_stop(meta: Path, out: Path, how: signal.Signals) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--input_dir", meta, "--output_dir", out],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    part = out.parent / "out.incomplete" / "model.safetensors"
+    while not part.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+    process.send_signal(how)
+    return process
+
+
+def test_a_killed_conversion_is_never_taken_for_a_complete_one(tmp_path, deep_meta, converted):
+    process = start_and_stop(deep_meta, tmp_path / "out", signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    meta, _, _ = converted("llama1_7b")
+    flags = ("--input_dir", meta, "--output_dir", tmp_path / "out")
+    assert "out.incomplete" in convert(*flags, error=True)  # it may also be a conversion that is still running
+    shutil.rmtree(tmp_path / "out.incomplete")
+    convert(*flags)
+    assert report_of(tmp_path / "out")["verified"] is True
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_conversion_leaves_nothing(how, tmp_path, deep_meta):
+    process = start_and_stop(deep_meta, tmp_path / "out", how)
+    _, error = process.communicate()
+    assert process.returncode != 0 and "error: stopped" in error and "Traceback" not in error
+    assert left_in(tmp_path) == []
+
+
+def test_the_command_line_as_a_user_types_it(tmp_path, converted):
+    meta, _, _ = converted("llama1_7b")
+    (tmp_path / "out").mkdir()  # empty folders are fine
+    done = run_script(SCRIPT, "--input_dir", meta, "--output_dir", tmp_path / "out")
+    assert "complete" in done.stdout and report_of(tmp_path / "out")["verified"] is True
+    done = run_script(SCRIPT, "--input_dir", tmp_path / "no", "--output_dir", tmp_path / "two", check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: --input_dir") and "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Memory and speed
+# ------------------------------------------------------------------------------------------------------------------
+
+LARGE = {"dim": 2048, "n_layers": 28, "n_heads": 32, "n_kv_heads": 8, "multiple_of": 256, "norm_eps": 1e-5}
+LARGE |= {"vocab_size": -1, "ffn_dim_multiplier": 1.4}
+
+
+def make_large(folder: Path, tokenizer: Path, num_shards: int) -> int:
+    """A checkpoint of 3 GB, made of one random block; returns the bytes of its largest tensor."""
+    folder.mkdir()
+    block, largest = torch.randn(2**22, generator=torch.Generator().manual_seed(0)) / 50, 0
+    kv, ffn = LARGE["n_kv_heads"] * 64, ffn_rows(LARGE)
+    shapes = {"tok_embeddings.weight": (SPM_SIZE, 2048), "norm.weight": (2048,), "output.weight": (SPM_SIZE, 2048)}
+    for i in range(LARGE["n_layers"]):
+        p = f"layers.{i}."
+        shapes |= {p + "attention.wq.weight": (2048, 2048), p + "attention.wk.weight": (kv, 2048)}
+        shapes |= {p + "attention.wv.weight": (kv, 2048), p + "attention.wo.weight": (2048, 2048)}
+        shapes |= {p + "feed_forward.w1.weight": (ffn, 2048), p + "feed_forward.w2.weight": (2048, ffn)}
+        shapes |= {p + "feed_forward.w3.weight": (ffn, 2048)}
+        shapes |= {p + "attention_norm.weight": (2048,), p + "ffn_norm.weight": (2048,)}
+    for i in range(num_shards):
+        shard = {}
+        for name, shape in shapes.items():
+            size = math.prod(shape)
+            largest = max(largest, size * 2)
+            weight = block.repeat(size // len(block) + 1)[:size].view(shape).bfloat16()
+            shard[name] = piece_of(name, weight, i, num_shards, False, LARGE["n_kv_heads"])
+        torch.save(shard, folder / f"consolidated.{i:02d}.pth")
+        del shard
+    (folder / "params.json").write_text(json.dumps(LARGE))
+    shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    return largest
+
+
+def run_and_watch(*command) -> tuple[float, int]:
+    """Seconds and peak resident bytes (VmHWM, mapped pages included) of a command."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    reader = threading.Thread(target=process.stderr.read)  # a full pipe would stop the process
+    reader.start()
+    peak = 0
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peak = max([peak, *(int(line.split()[1]) * 1024 for line in status.splitlines() if "VmHWM" in line)])
+        except (FileNotFoundError, ProcessLookupError):
+            break
+        time.sleep(0.02)
+    process.wait()
+    reader.join()
+    assert process.returncode == 0
+    return time.perf_counter() - started, peak
+
+
+@pytest.fixture
+def large_folder(tmp_path):
+    """In memory where that is possible: on a disk, what others write decides how long a copy takes."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shutil.disk_usage(shared).free < 15e9:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        yield Path(folder)
+
+
+def cpu_seconds_of_cp(source: Path, target: Path) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(["cp", "-r", source, target], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    shutil.rmtree(target)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_memory_and_speed_on_three_gigabytes(num_shards, large_folder, spm_file):
+    """Memory is that of the processes; speed is in seconds of processor time, which other programs hardly change."""
+    meta, out = large_folder / "meta", large_folder / "out"
+    largest = make_large(meta, spm_file, num_shards)
+    size = sum(path.stat().st_size for path in meta.glob("*.pth"))
+    limit, copied, written, peaks = 1.5e9 + 3 * largest, [], [], {}
+    assert size > 2.9e9
+    for _ in range(4):
+        copied.append(cpu_seconds_of_cp(meta, large_folder / "copy"))
+        plan = converter.check_arguments(converter.Arguments(str(meta), str(out), verify=False))
+        out.mkdir()
+        started = time.process_time()
+        converter.write_hf(plan, out, 5 * 10**9, converter.tqdm(disable=True))
+        written.append(time.process_time() - started)
+        del plan
+        shutil.rmtree(out)
+    flags = ("--input_dir", meta, "--output_dir", out)
+    seconds = {"cp, cpu": copied, "writing, cpu": written}
+    seconds["not verified"], peaks["not verified"] = run_and_watch(sys.executable, SCRIPT, *flags, "--verify", "False")
+    seconds["writing"] = report_of(out)["seconds_writing"]
+    shutil.rmtree(out)
+    seconds["verified and hashed"], peaks["verified and hashed"] = run_and_watch(sys.executable, SCRIPT, *flags)
+    back = ("--to_meta", "--input_dir", out, "--output_dir", large_folder / "back")
+    seconds["back"], peaks["back"] = run_and_watch(sys.executable, SCRIPT, *back)
+    print(
+        f"\n{size / 1e9:.2f} GB, {num_shards} shards, largest tensor {largest / 1e6:.0f} MB, limit {limit / 1e9:.2f} GB"
+    )
+    print(f"speed of cp: {min(copied) / min(written):.0%}; seconds: {seconds}; peaks in bytes: {peaks}")
+    same_checkpoint(meta, large_folder / "back")
+    assert all(peak <= limit for peak in peaks.values())
+    assert min(written) <= min(copied) / 0.6

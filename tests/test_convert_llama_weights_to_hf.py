@@ -42,12 +42,17 @@ SPM_SIZE, TIKTOKEN_SIZE = 448, 384 + 256
 # ------------------------------------------------------------------------------------------------------------------
 
 
+TEXT = """A patient of 45 years has had a headache since 3 days, and the light hurts her eyes. What is to be done?
+The tokenizer reads the text, and the model reads the tokens; neither of them knows what the other has seen.
+def train(model, tokens):\n    for step in range(1000):\n        loss = model(tokens).loss\n        loss.backward()
+训练模型之前先准备数据，数据的质量决定模型的质量。模型读的是词元，不是文字。
+ababa aba abab aaaa aaa aa    ====    ==== 1234567890 1.5e-6 I'll they're don't it's"""
+
+
 def corpus() -> list[str]:
-    rows = (ROOT / "data_sample" / "triage_train.jsonl").read_text(encoding="utf-8").splitlines()[:60]
-    chinese = (ROOT / "README_zh.md").read_text(encoding="utf-8").splitlines()
-    code = (ROOT / "finetune_pp.py").read_text(encoding="utf-8").splitlines()[:100]
-    repeated = ["ababa aba abab", "aaaa aaa aa", "    ====    ===="] * 20
-    return [line for line in [*rows, *chinese, *code, *repeated] if line]
+    """Lines of this file's own words in many orders: other files of the project change."""
+    dice, words = random.Random(1), TEXT.split(" ")
+    return [*TEXT.splitlines() * 5, *(" ".join(dice.choices(words, k=dice.randint(3, 12))) for _ in range(500))]
 
 
 def words_of(text: str) -> list[str]:

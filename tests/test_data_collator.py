@@ -136,35 +136,24 @@ def test_every_row_comes_once_an_epoch_and_fillers_only_at_the_end(num_rows, row
     assert len(indices) % rows_per_step == 0
 
 
-def flatten(step) -> list:
-    micro_batches, num_tokens = step
-    return [num_tokens, [{name: values.tolist() for name, values in batch.items()} for batch in micro_batches]]
-
-
 @few_examples
-@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 5), st.integers(0, 30), st.integers(0, 9))
-def test_steps_from_any_step_are_the_tail_of_all_steps(num_rows, rows_per_step, batch_size, start, seed):
-    rows = [{name: torch.tensor(ids) for name, ids in row.items()} for row in random_rows(num_rows, shortest=2)]
-
-    def steps(first: int):
-        return RowSampler(rows, rows_per_step, seed).steps(DataCollator(padding_free=False), batch_size, first)
-
-    everything = steps(0)
-    for _ in range(start):
-        next(everything)
-    resumed = steps(start)
-    for _ in range(4):
-        assert flatten(next(resumed)) == flatten(next(everything))
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 9))
+def test_the_rows_of_a_step_are_those_that_the_sampler_gives_it(num_rows, rows_per_step, seed):
+    sampler = RowSampler(list(range(100, 100 + num_rows)), rows_per_step, seed)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        for step in range(sampler.steps_per_epoch):
+            window = order[step * rows_per_step : (step + 1) * rows_per_step]
+            expected = [100 + index for index in window if index != FILLER]
+            assert sampler.rows_of(epoch * sampler.steps_per_epoch + step) == expected
 
 
 def test_an_epoch_of_steps_holds_every_row_once_without_fillers():
-    rows = [{"input_ids": torch.full((3,), i), "labels": torch.full((3,), i)} for i in range(7)]
-    sampler = RowSampler(rows, rows_per_step=4, seed=0)
-    steps = sampler.steps(DataCollator(padding_free=False), batch_size=2)
-    epochs = [[next(steps) for _ in range(sampler.steps_per_epoch)] for _ in range(2)]
-    seen = [[i for micro, _ in epoch for batch in micro for i in batch["input_ids"][:, 0].tolist()] for epoch in epochs]
-    assert [[len(micro) for micro, _ in epoch] for epoch in epochs] == [[2, 2], [2, 2]]
-    assert [[num_tokens for _, num_tokens in epoch] for epoch in epochs] == [[12, 9], [12, 9]]
+    sampler = RowSampler(list(range(7)), rows_per_step=4, seed=0)
+    epochs = [[sampler.rows_of(step) for step in (first, first + 1)] for first in (0, 2)]
+    assert [[len(rows) for rows in epoch] for epoch in epochs] == [[4, 3], [4, 3]]
+    seen = [[row for rows in epoch for row in rows] for epoch in epochs]
     assert sorted(seen[0]) == sorted(seen[1]) == list(range(7))
     assert seen[0] != seen[1]
 
@@ -448,7 +437,8 @@ def save_checkpoint(output_dir: Path, step: int, sampler: RowSampler | None, sav
     (folder / "weights.safetensors").write_bytes(bytes(range(256)) * step)
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     if sampler:
-        complete_checkpoint(folder, sampler, save_total_limit)
+        sampler.settings["save_total_limit"] = save_total_limit
+        complete_checkpoint(folder, sampler)
     return folder
 
 
@@ -565,7 +555,7 @@ def test_a_former_run_is_set_aside_whole(tmp_path, sampler):
 
 
 def test_the_receipt_names_arguments_versions_data_and_row_order(tmp_path, sampler):
-    write_receipt(tmp_path, {"learning_rate": 1e-3}, sampler, {"world_size": 1})
+    write_receipt(tmp_path, {"learning_rate": 1e-3}, sampler, ["cpu"], {"tokens_per_second": 7.0})
     receipt = json.loads((tmp_path / "run.json").read_text())
     assert receipt["arguments"] == {"learning_rate": 1e-3}
     assert receipt["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -576,5 +566,6 @@ def test_the_receipt_names_arguments_versions_data_and_row_order(tmp_path, sampl
         "rows_per_step": 8,
         "seed": 42,
     }
-    assert receipt["world_size"] == 1
+    assert receipt["world_size"] == len(receipt["peak_memory_bytes"]) == 1
+    assert receipt["devices"] == ["cpu"] and receipt["tokens_per_second"] == 7.0
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

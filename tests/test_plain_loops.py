@@ -498,11 +498,9 @@ def test_two_devices_give_the_gradients_of_one(strategy, tied, tiny_set, tmp_pat
 
 
 def test_the_compute_precision_follows_the_hardware():
-    module = importlib.import_module("finetune_pp")
-    cpu = torch.device("cpu")
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    assert module.use_bf16("auto", cpu) == fast
-    assert module.use_bf16("True", cpu) and not module.use_bf16("False", cpu)
+    assert data_collator.use_bf16("auto", use_cpu=True) == fast
+    assert data_collator.use_bf16("True", use_cpu=True) and not data_collator.use_bf16("False", use_cpu=True)
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -558,15 +556,15 @@ MISTAKES = [
     ("--learning_rate 0", ["--learning_rate 0", "> 0"]),
     ("--weight_decay -1", ["--weight_decay -1", ">= 0"]),
     ("--per_device_train_batch_size 0", ["--per_device_train_batch_size 0", "> 0"]),
-    ("--lr_scheduler_type step", ["--lr_scheduler_type step", "cosine, linear"]),
-    ("--bf16 yes", ["--bf16 yes", "auto, True, False"]),
+    ("--lr_scheduler_type step", ["--lr_scheduler_type step", "cosine|linear"]),
+    ("--bf16 yes", ["--bf16 yes", "auto|True|False"]),
     ("--resume_from_checkpoint {missing}", ["--resume_from_checkpoint", "{missing}", "no complete.json"]),
     ("--gradient_accumulation_steps 0 --dataset_path {missing}",
      ["--gradient_accumulation_steps 0", "> 0", "--dataset_path", "no such folder"]),
 ]  # fmt: skip
 PEFT_MISTAKES = [
     ("--lora_rank 0", ["--lora_rank 0", "> 0"]),
-    ("--peft_mode adapter", ["--peft_mode adapter", "lora, prefix, ptuning, prompt"]),
+    ("--peft_mode adapter", ["--peft_mode adapter", "lora|prefix|ptuning|prompt"]),
     ("--peft_mode adapter --lora_rank -4", ["--peft_mode adapter", "--lora_rank -4"]),
     ("--lora_target_modules q_proj,query", ["--lora_target_modules query", "matches no layer"]),
     ("--lora_target_modules nothing", ["nothing"]),

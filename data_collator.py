@@ -271,6 +271,10 @@ class RowTrainer:
     def stop(self, message: str) -> None:
         sys.exit(message if self.is_world_process_zero() else 1)
 
+    def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
+        self.sampler.set_epoch(epoch)  # the data loader of a run resumed within an epoch would not pass it on
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+
     def _get_train_sampler(self, train_dataset=None) -> RowSampler:
         return self.sampler
 

@@ -259,7 +259,7 @@ def test_twenty_kills_leave_the_run_as_if_uninterrupted(strategy, runs, tmp_path
     seed, out, hits, num_starts = random.randrange(10**6), tmp_path / "out", [], 0
     print(f"{strategy}: seed {seed}")
     random.seed(seed)
-    flags = ["--max_steps", 300, "--save_steps", 1]
+    flags = ["--max_steps", 120, "--save_steps", 1]
     while len(hits) < 20:
         before, num_starts = newest_complete(out), num_starts + 1
         run = runs.start(strategy, 2, out, *flags, "--resume_from_checkpoint", "True")

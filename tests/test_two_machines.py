@@ -123,6 +123,7 @@ def run_on_two_machines(names: list[str], launcher: str, flags: list[str], logs:
         ("finetune_pp_peft_trainer_deepspeed", ["--lora_dropout", "0", "--lora_used", "True"]),
     ],
 )
+@pytest.mark.slow
 def test_two_machines_train_what_two_processes_train(launcher, flags, tiny_model, tiny_set, tmp_path):
     flags = [*FLAGS, *flags]
     if "deepspeed" in launcher:
@@ -168,6 +169,7 @@ def test_two_machines_train_what_two_processes_train(launcher, flags, tiny_model
     print(f"{launcher}: largest relative deviations {largest}, bytes sent over the cable {sent}, weights {whole} bytes")
 
 
+@pytest.mark.slow
 def test_the_machines_are_gone_even_after_a_failure():
     with pytest.raises(RuntimeError, match="on purpose"), two_machines() as names:
         assert namespaces().issuperset(names)

@@ -152,7 +152,8 @@ def check_adapter(folder: str, peft_mode: str) -> None:
 
 def check_deepspeed(path: str) -> None:
     """A configuration file with ZeRO stage 2 or 3."""
-    stage = json.loads(Path(path).read_text()).get("zero_optimization", {}).get("stage")
+    config = json.loads(Path(path).read_text())
+    stage = config.get("zero_optimization", {}).get("stage") if isinstance(config, dict) else None
     if stage not in (2, 3):
         raise ValueError(f"its zero_optimization.stage is {stage}; this script knows 2 and 3: ds_configs/")
 
@@ -176,8 +177,8 @@ def make_training_arguments(args: Arguments, sampler: RowSampler) -> transformer
     flags = asdict(args) | {"max_steps": num_steps, "bf16": data_collator.use_bf16(args.bf16, args.use_cpu)}
     flags |= {"save_total_limit": None, "gradient_checkpointing": None}  # what they ask for is done elsewhere
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ |= {} if "RANK" in os.environ else alone  # without torchrun: a world of one process
-    os.environ |= {"TENSORBOARD_LOGGING_DIR": f"{args.output_dir}/runs"}
+    # Without torchrun: a world of one process.
+    os.environ |= {"TENSORBOARD_LOGGING_DIR": f"{args.output_dir}/runs"} | ({} if "RANK" in os.environ else alone)
     os.environ |= {"DS_ACCELERATOR": "cpu"} if args.use_cpu else {}
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed's, at every collective
     training_args = transformers.TrainingArguments(

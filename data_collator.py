@@ -16,12 +16,14 @@ import hashlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from bisect import bisect_right
 from dataclasses import fields
 from functools import lru_cache
 from importlib.metadata import version
@@ -39,23 +41,24 @@ IGNORE_INDEX = -100  # a label that contributes no loss, as in torch.nn.function
 SETTINGS = ("model_path", "peft_mode", "peft_path", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
 SETTINGS += ("num_virtual_tokens", "mapping_hidden_dim", "learning_rate", "lr_scheduler_type", "warmup_steps")
 SETTINGS += ("weight_decay", "max_grad_norm", "load_in_4bit", "lora_used", "deepspeed", "world_size")
+LEAST = {"warmup_steps": 0, "weight_decay": 0, "lora_dropout": 0, "mapping_hidden_dim": 0, "seed": 0, "max_steps": -1}
 FILLER = -1  # the index of a row without target, which completes the last optimizer step of an epoch
 
 
-def find_mistakes(args, least: dict[str, float]) -> list[str]:
+def find_mistakes(args) -> list[str]:
     """What is wrong with a script's flags taken by themselves: one message each, with the flag and the remedy.
 
     Args:
-        args: a dataclass; the choices of a field stand in its metadata, as "a|b|c".
-        least: the smallest value of a number, where it is not "above 0".
+        args: a dataclass; the choices of a field stand in its metadata, as "a|b|c". A number must be above 0, or at
+            least what LEAST says.
     """
     mistakes = []
     for flag in fields(args):
         name, value, choices = flag.name, getattr(args, flag.name), flag.metadata.get("metavar")
         if choices and value not in choices.split("|"):
             mistakes.append(f"--{name} {value}: choose from {choices}")
-        elif type(value) in (int, float) and not (least.get(name, 1e-99) <= value < math.inf):
-            mistakes.append(f"--{name} {value}: must be {'>=' if name in least else '>'} {least.get(name, 0)}")
+        elif type(value) in (int, float) and not (LEAST.get(name, 1e-99) <= value < math.inf):
+            mistakes.append(f"--{name} {value}: must be {'>=' if name in LEAST else '>'} {LEAST.get(name, 0)}")
     folder = next(path for path in (Path(args.output_dir), *Path(args.output_dir).absolute().parents) if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         mistakes.append(f"--output_dir {args.output_dir}: {folder} is no writable folder; choose another")
@@ -72,19 +75,25 @@ def use_bf16(choice: str, use_cpu: bool) -> bool:
     return choice == "True" or (choice == "auto" and is_fast)
 
 
-class TokenizedDataset(Dataset):
-    """Rows that data_sample/tokenize_dataset.py wrote: `input_ids`, `labels` and, if packed, `position_ids`.
+class ListColumn:
+    """A column of lists in memory-mapped Arrow files: `column[row]` is a view of the file, and nothing is copied."""
 
-    The Arrow files are memory-mapped, so opening a set of any size takes no memory.
+    def __init__(self, column):
+        self.chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in column.chunks]
+        self.first_rows = np.cumsum([0] + [len(chunk) for chunk in column.chunks]).tolist()
 
-    Args:
-        path: the folder; `ledger.json`, written last, shows that it is complete.
-        config: if given, the model's configuration; a token id at or above its vocab_size is an error.
-        tokenizer: if given, ids that were made with another vocabulary are an error.
+    def __getitem__(self, row: int) -> np.ndarray:
+        chunk = bisect_right(self.first_rows, row) - 1
+        offsets, values = self.chunks[chunk]
+        row -= self.first_rows[chunk]
+        return values[offsets[row] : offsets[row + 1]]
 
-    Raises:
-        FileNotFoundError: the folder or its ledger is missing.
-        ValueError: a column is missing, there is no row, or an id lies outside the vocabulary.
+
+class TokenizedFolder:
+    """One folder that data_sample/tokenize_dataset.py wrote, of rows with labels or of whole documents without.
+
+    The Arrow files are memory-mapped, so opening a set of any size takes no memory. Arguments and errors are those of
+    TokenizedDataset.
     """
 
     def __init__(self, path: str | Path, config=None, tokenizer=None):
@@ -98,53 +107,147 @@ class TokenizedDataset(Dataset):
                                     "with python data_sample/tokenize_dataset.py")  # fmt: skip
         self.ledger = json.loads(ledger.read_text(encoding="utf-8"))
         # load_from_disk fails on a set that was saved without rows.
-        self.table = load_from_disk(str(path)) if any(Path(path).glob("*.arrow")) else []
-        if len(self.table) == 0:
+        table = load_from_disk(str(path)).data if any(Path(path).glob("*.arrow")) else []
+        self.num_rows = len(table)
+        if self.num_rows == 0:
             raise ValueError("it has no rows; its ledger.json says why each input row was dropped")
-        names = self.table.column_names
-        if missing := [name for name in ("input_ids", "labels") if name not in names]:
-            raise ValueError(f"no column {' and '.join(missing)} (columns: {', '.join(names)}); make it with "
+        names = table.column_names
+        self.has_labels, self.packed = "labels" in names, "position_ids" in names
+        if "input_ids" not in names:
+            raise ValueError(f"no column input_ids (columns: {', '.join(names)}); make it with "
                              "python data_sample/tokenize_dataset.py")  # fmt: skip
-        if self.ledger.get("targets") == 0:
+        if self.has_labels and self.ledger.get("targets") == 0:
             raise ValueError("no token in it is a target, so there is nothing to learn; tokenize rows with an answer")
-        self.packed = "position_ids" in names
-        self.table = self.table.select_columns(["input_ids", "labels"] + ["position_ids"] * self.packed)
-        self.table = self.table.with_format("numpy")
-        if config:
-            self._check_ids(config.vocab_size)
-        if tokenizer and self.ledger.get("vocabulary_sha256", vocabulary_hash(tokenizer)) != vocabulary_hash(tokenizer):
+        columns = ["input_ids"] + ["labels"] * self.has_labels + ["position_ids"] * self.packed
+        self.columns = {name: ListColumn(table.column(name)) for name in columns}
+        known = self.ledger.get("vocabulary_sha256")
+        if tokenizer and known and known != vocabulary_hash(tokenizer):
             raise ValueError("it was made with another tokenizer; tokenize again with --tokenizer_path MODEL")
+        if config and not (tokenizer and known and max(tokenizer.get_vocab().values()) < config.vocab_size):
+            self._check_ids(config.vocab_size)  # reads the whole set
 
     def _check_ids(self, vocab_size: int) -> None:
-        import pyarrow.compute as pc
-
         for name, least in (("input_ids", 0), ("labels", IGNORE_INDEX)):
-            for chunk in self.table.data.column(name).chunks:
-                found = pc.min_max(chunk.flatten()).as_py()
-                if found["max"] is not None and (found["max"] >= vocab_size or found["min"] < least):
-                    raise ValueError(f"{name} from {found['min']} to {found['max']} do not fit the model's vocabulary "
+            for _, ids in self.columns[name].chunks if name in self.columns else ():
+                if len(ids) and (ids.max() >= vocab_size or ids.min() < least):
+                    raise ValueError(f"{name} from {ids.min()} to {ids.max()} do not fit the model's vocabulary "
                                      f"of {vocab_size}; tokenize again with --tokenizer_path MODEL")  # fmt: skip
 
-    def __len__(self) -> int:
-        return len(self.table)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One row of length T: int64 `input_ids` [T], `labels` [T] and, if packed, `position_ids` [T]."""
-        if index == FILLER:
+def parse_mix(path: str) -> dict[str, float]:
+    """Folders and weights of `medical:3,general:1`; without a weight it is 1."""
+    if Path(path).is_dir():
+        return {path: 1.0}
+    parts = [re.fullmatch(r"(.+?)(?::([0-9.]+))?", part.strip()) for part in path.split(",")]
+    mix = {part[1]: float(part[2] or 1) for part in parts if part}
+    if len(mix) < len(parts) or min(mix.values()) <= 0:
+        raise ValueError("name each folder once, with a weight above 0, as in medical:3,general:1")
+    return mix
+
+
+class TokenizedDataset(Dataset):
+    """Rows of one tokenized folder, or of several mixed by weight.
+
+    An epoch is one pass over the first folder. With `medical:3,general:1` every three rows of medical come with one of
+    general: too few rows begin anew within the epoch, too many go on in the next, and each row of general is drawn once
+    before any is drawn again.
+
+    A row of a folder without labels is a whole document. From it one passage of `passage_length` tokens is drawn, a
+    new one each time: its start is given by (seed, how often the document was drawn before, its index) alone, so it is
+    the same in any process, and no start is left out. Each token of a passage is a target. A shorter document is used
+    whole.
+
+    Args:
+        path: the folder, or `name:weight,name:weight`; `ledger.json`, written last, shows that a folder is complete.
+        config: if given, the model's configuration; a token id at or above its vocab_size is an error.
+        tokenizer: if given, ids that were made with another vocabulary are an error.
+        passage_length: tokens of a passage; 0 if whole documents are an error.
+        seed: of the passages.
+
+    Raises:
+        FileNotFoundError: a folder or its ledger is missing.
+        ValueError: a column is missing, there is no row, or an id lies outside the vocabulary.
+    """
+
+    def __init__(self, path: str | Path, config=None, tokenizer=None, passage_length: int = 0, seed: int = 0):
+        mix = parse_mix(str(path))
+        self.passage_length, self.seed, self.folders = passage_length, seed, []
+        for name in mix:
+            try:
+                self.folders.append(TokenizedFolder(name, config, tokenizer))
+                if not self.folders[-1].has_labels and not passage_length:
+                    raise ValueError("no column labels beside input_ids, so it holds whole documents; draw from them "
+                                     "with --random_passage True, or tokenize_dataset.py answers")  # fmt: skip
+            except (ValueError, OSError) as problem:
+                raise type(problem)(f"{name}: {problem}" if len(mix) > 1 else problem) from None
+        self.packed = any(folder.packed for folder in self.folders)
+        self.has_documents = not all(folder.has_labels for folder in self.folders)
+        self.sizes = [folder.num_rows for folder in self.folders]
+        weights = np.array(list(mix.values()))
+        self.shares = np.maximum(1, np.rint(self.sizes[0] * weights / weights[0])).astype(int).tolist()
+        self.first_rows = np.cumsum([0] + self.sizes).tolist()
+        ledgers = dict(zip(mix, (folder.ledger for folder in self.folders), strict=True))
+        hashes = [[ledger.get("sha256"), share] for ledger, share in zip(ledgers.values(), self.shares, strict=True)]
+        self.ledger = self.folders[0].ledger if len(mix) == 1 else {"sha256": hashes, "mix": mix, "sets": ledgers}
+
+    def __len__(self) -> int:
+        return self.first_rows[-1]
+
+    def _locate(self, draw: int) -> tuple[TokenizedFolder, int, slice]:
+        """The folder and row of a draw, and what is taken of the row."""
+        times, index = divmod(draw, len(self))
+        number = bisect_right(self.first_rows, index) - 1
+        folder, row = self.folders[number], index - self.first_rows[number]
+        if folder.has_labels:
+            return folder, row, slice(None)
+        latest = max(0, len(folder.columns["input_ids"][row]) - self.passage_length)
+        start = int(np.random.default_rng([self.seed, times, index]).integers(latest, endpoint=True))
+        return folder, row, slice(start, start + self.passage_length)
+
+    def num_tokens(self, draw: int) -> int:
+        folder, row, taken = self._locate(draw)
+        return len(folder.columns["input_ids"][row][taken])
+
+    def __getitem__(self, draw: int) -> dict[str, torch.Tensor]:
+        """A row of length T: int64 `input_ids` [T], `labels` [T] and, if any row is packed, `position_ids` [T].
+
+        Args:
+            draw: the row's index + len(dataset) * how often it was drawn before, or FILLER.
+        """
+        if draw == FILLER:
             row = {"input_ids": torch.zeros(1, dtype=torch.int64), "labels": torch.full((1,), IGNORE_INDEX)}
-            return row | ({"position_ids": torch.zeros(1, dtype=torch.int64)} if self.packed else {})
-        return {name: torch.from_numpy(ids.astype(np.int64)) for name, ids in self.table[int(index)].items()}
+        else:
+            folder, row, taken = self._locate(int(draw))
+            columns = folder.columns.items()
+            row = {name: torch.from_numpy(ids[row][taken].astype(np.int64)) for name, ids in columns}
+            row.setdefault("labels", row["input_ids"])
+        if self.packed:
+            row.setdefault("position_ids", torch.arange(len(row["input_ids"])))
+        return row
 
 
 @lru_cache(maxsize=2)
-def row_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+def row_order(seed: int, epoch: int, sizes: tuple[int, ...], shares: tuple[int, ...]) -> np.ndarray:
+    """What is drawn in an epoch, in order: `shares[i]` rows of the i-th folder, which has `sizes[i]`.
+
+    The k-th draw of a folder since the start of training lies in its pass k // size, and every pass beyond the first
+    folder's, which is the epoch, has a permutation of its own.
+    """
+    draws = []
+    for number, (size, share) in enumerate(zip(sizes, shares, strict=True)):
+        times, places = np.divmod(np.arange(epoch * share, (epoch + 1) * share), size)
+        for time_ in np.unique(times) if number else ():
+            order = np.random.default_rng([seed, time_, number]).permutation(size)
+            places[times == time_] = order[places[times == time_]]
+        draws.append(times * sum(sizes) + sum(sizes[:number]) + places)
+    draws = np.concatenate(draws)
+    return draws[np.random.default_rng([seed, epoch]).permutation(len(draws))]
 
 
 class RowSampler(Sampler):
-    """The order of rows in an epoch: a permutation given by (seed, epoch) alone, the same for every strategy.
+    """The order of rows in an epoch: given by (seed, epoch) alone, the same for every strategy.
 
-    Consecutive runs of `rows_per_step` indices form one optimizer step, whatever the number of processes and the
+    Consecutive runs of `rows_per_step` draws form one optimizer step, whatever the number of processes and the
     split into micro-batches. The last run of an epoch is completed with FILLER, never with rows repeated: a repeated
     row would weigh twice, and dropping the rest would lose data.
 
@@ -152,35 +255,52 @@ class RowSampler(Sampler):
         dataset: the rows.
         rows_per_step: rows in one optimizer step = processes x batch size x accumulation steps.
         seed: seed of the whole run.
+
+    Raises:
+        ValueError: passages are asked for, and there is no document to draw them from.
     """
 
     def __init__(self, dataset: TokenizedDataset, rows_per_step: int, seed: int):
+        if dataset.passage_length and not dataset.has_documents:
+            raise ValueError("--random_passage True: --dataset_path holds rows with labels; passages are drawn from "
+                             "whole documents, which tokenize_dataset.py --format text writes")  # fmt: skip
         self.dataset, self.rows_per_step, self.seed, self.epoch = dataset, rows_per_step, seed, 0
-        self.steps_per_epoch = math.ceil(len(dataset) / rows_per_step)
+        self.rows_per_epoch = sum(dataset.shares)
+        self.steps_per_epoch = math.ceil(self.rows_per_epoch / rows_per_step)
         self.settings: dict = {}  # a script puts its arguments here, so that no resumed run goes on with others
 
     @property
     def identity(self) -> dict:
         """All that decides which rows an optimizer step sees, and the settings that a resumed run must share."""
         rows = {"dataset_sha256": self.dataset.ledger.get("sha256"), "num_rows": len(self.dataset)}
+        rows |= {"passage_length": self.dataset.passage_length} if self.dataset.passage_length else {}
         rows |= {"rows_per_step": self.rows_per_step, "seed": self.seed}
         return rows | {name: value for name, value in self.settings.items() if name in SETTINGS}
 
+    def num_steps(self, args) -> int:
+        """Optimizer steps of a run: `args.max_steps` if above 0, else those of `args.num_train_epochs`."""
+        return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.steps_per_epoch)
+
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    def order(self, epoch: int) -> np.ndarray:
+        return row_order(self.seed, epoch, tuple(self.dataset.sizes), tuple(self.dataset.shares))
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.rows_per_step
 
     def __iter__(self):
-        yield from row_order(self.seed, self.epoch, len(self.dataset)).tolist()
-        yield from [FILLER] * (len(self) - len(self.dataset))
+        yield from self.order(self.epoch).tolist()
+        yield from [FILLER] * (len(self) - self.rows_per_epoch)
+
+    def draws_of(self, step: int) -> list[int]:
+        """The draws of optimizer step `step`, counted from 0 over all epochs; an epoch's last step may have fewer."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        return self.order(epoch)[step * self.rows_per_step :][: self.rows_per_step].tolist()
 
     def rows_of(self, step: int) -> list[dict[str, torch.Tensor]]:
-        """The rows of optimizer step `step`, counted from 0 over all epochs; an epoch's last step may have fewer."""
-        epoch, step = divmod(step, self.steps_per_epoch)
-        order = row_order(self.seed, epoch, len(self.dataset))
-        return [self.dataset[index] for index in order[step * self.rows_per_step :][: self.rows_per_step]]
+        return [self.dataset[draw] for draw in self.draws_of(step)]
 
 
 class DataCollator:
@@ -294,7 +414,7 @@ class RowTrainer:
         step, control = self.state.global_step, self.control
         if step > self.last_step:  # else it is called once more, at the end of an epoch
             self.last_step = step
-            num_tokens = sum(len(row["input_ids"]) for row in self.sampler.rows_of(step - 1))
+            num_tokens = sum(map(self.sampler.dataset.num_tokens, self.sampler.draws_of(step - 1)))
             self.num_tokens += num_tokens
             self.state.num_input_tokens_seen += num_tokens
             terminated = torch.tensor(float(self.terminated), device=self.args.device)
@@ -389,16 +509,17 @@ def sha256(path: Path) -> str:
 
 
 def complete_checkpoint(folder: Path, sampler: RowSampler) -> None:
-    """Writes complete.json, which makes a checkpoint valid, and deletes the oldest complete ones beyond the limit."""
+    """Writes complete.json, which makes a checkpoint valid, and deletes what is older than the newest complete ones."""
     paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()}
     os.sync()  # a power cut must not leave complete.json beside files that never reached the disk
     complete = {"identity": sampler.identity, "files": files}
     (folder / "complete.tmp").write_text(json.dumps(complete, indent=2))
     os.replace(folder / "complete.tmp", folder / "complete.json")
-    whole = [path for path in list_checkpoints(folder.parent) if (path / "complete.json").is_file()]
-    for outdated in whole[sampler.settings["save_total_limit"] :]:
-        (outdated / "complete.json").unlink()  # first: a half-deleted checkpoint is not complete
+    checkpoints = list_checkpoints(folder.parent)
+    kept = [path for path in checkpoints if (path / "complete.json").is_file()][: sampler.settings["save_total_limit"]]
+    for outdated in checkpoints[checkpoints.index(kept[-1]) + 1 :]:
+        (outdated / "complete.json").unlink(missing_ok=True)  # first: a half-deleted checkpoint is not complete
         shutil.rmtree(outdated)
 
 
@@ -469,7 +590,6 @@ def write_receipt(output_dir: str | Path, arguments: dict, sampler: RowSampler, 
     if dist.is_initialized():
         ranks = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, (devices, peak_memory()))
-        dist.barrier()  # lets gloo's thread finish: freeing the gathered tensors while Python ends would abort it
         if dist.get_rank() > 0:
             return
     command = [shutil.which("git") or "false", "rev-parse", "--verify", "HEAD"]  # a slim image may lack git
@@ -490,3 +610,16 @@ def write_receipt(output_dir: str | Path, arguments: dict, sampler: RowSampler, 
     (Path(output_dir) / "run.tmp").write_text(json.dumps(receipt, indent=2, ensure_ascii=False), encoding="utf-8")
     os.replace(Path(output_dir) / "run.tmp", Path(output_dir) / "run.json")
     print(f"saved {output_dir}")
+
+
+def leave() -> None:
+    """Ends a process of a distributed run with success, when all of them have written what they had to.
+
+    Python does not end in its own way: gloo's threads, which outlive their process group, may still be freeing tensors
+    of the last collective, and without an interpreter that aborts a process whose work is done.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

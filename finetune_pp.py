@@ -28,8 +28,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgu
 import data_collator
 from data_collator import DataCollator, RowSampler, TokenizedDataset
 
-LEAST = {"warmup_steps": 0, "weight_decay": 0, "seed": 0, "max_steps": -1}
-
 
 def flag(default, help: str, choices: str | None = None):
     return field(default=default, metadata={"help": help} | ({"metavar": choices} if choices else {}))
@@ -38,8 +36,10 @@ def flag(default, help: str, choices: str | None = None):
 @dataclass
 class Arguments:
     model_path: str = flag("models/SmolLM2-135M-Instruct", "folder or hub id of a decoder-only model")
-    dataset_path: str = flag("data_sample/tokenized/triage_train", "folder that tokenize_dataset.py wrote")
+    dataset_path: str = flag("data_sample/tokenized/triage_train", "tokenized folder, or name:weight,name:weight")
     eval_dataset_path: str | None = flag(None, "another such folder, for the evaluation loss")
+    random_passage: bool = flag(False, "draw a random passage of each whole document (--format text) at every epoch")
+    passage_length: int = flag(512, "tokens of a passage")
     output_dir: str = flag("outputs/finetune_pp", "folder for all that the run leaves")
     num_train_epochs: float = flag(1, "passes over the data")
     max_steps: int = flag(-1, "optimizer steps; above 0 it overrides num_train_epochs")
@@ -77,7 +77,7 @@ def check_arguments(args: Arguments):
     Raises:
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
     """
-    mistakes = data_collator.find_mistakes(args, LEAST)
+    mistakes = data_collator.find_mistakes(args)
 
     def attempt(name: str, action, *context):
         value = getattr(args, name)
@@ -87,8 +87,9 @@ def check_arguments(args: Arguments):
             mistakes.append(f"--{name} {value}: {problem}")
 
     config, tokenizer = attempt("model_path", load_config) or (None, None)
-    dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer)
-    eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer)
+    passage = args.random_passage * args.passage_length  # 0: none
+    dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer, passage, args.seed)
+    eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer, passage)
     if not mistakes:
         sampler = RowSampler(dataset, args.per_device_train_batch_size * args.gradient_accumulation_steps, args.seed)
         sampler.settings = asdict(args)
@@ -199,7 +200,7 @@ def evaluate(args: Arguments, model, dataset: TokenizedDataset, device: torch.de
 
 def train(args: Arguments, model, tokenizer, sampler, eval_dataset, checkpoint, device, bf16) -> int:
     """Trains from the checkpoint, if any, until the last step; returns the number of tokens that this took."""
-    num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * sampler.steps_per_epoch)
+    num_steps = sampler.num_steps(args)
     optimizer, lr_scheduler = make_optimizer(args, model, num_steps)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {"global_step": 0, "num_input_tokens_seen": 0, "log_history": []}

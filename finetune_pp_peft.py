@@ -29,7 +29,6 @@ import data_collator
 from data_collator import DataCollator, RowSampler, TokenizedDataset
 
 PEFT_TYPES = {"lora": "LORA", "prefix": "PREFIX_TUNING", "ptuning": "P_TUNING", "prompt": "PROMPT_TUNING"}
-LEAST = {"warmup_steps": 0, "weight_decay": 0, "lora_dropout": 0, "mapping_hidden_dim": 0, "seed": 0, "max_steps": -1}
 
 
 def flag(default, help: str, choices: str | None = None):
@@ -39,8 +38,10 @@ def flag(default, help: str, choices: str | None = None):
 @dataclass
 class Arguments:
     model_path: str = flag("models/SmolLM2-135M-Instruct", "folder or hub id of a decoder-only model")
-    dataset_path: str = flag("data_sample/tokenized/triage_train", "folder that tokenize_dataset.py wrote")
+    dataset_path: str = flag("data_sample/tokenized/triage_train", "tokenized folder, or name:weight,name:weight")
     eval_dataset_path: str | None = flag(None, "another such folder, for the evaluation loss")
+    random_passage: bool = flag(False, "draw a random passage of each whole document (--format text) at every epoch")
+    passage_length: int = flag(512, "tokens of a passage")
     output_dir: str = flag("outputs/finetune_pp_peft", "folder for all that the run leaves")
     peft_mode: str = flag("lora", "what is trained beside the frozen model", "lora|prefix|ptuning|prompt")
     peft_path: str | None = flag(None, "go on from this adapter with new data")
@@ -86,7 +87,7 @@ def check_arguments(args: Arguments):
     Raises:
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
     """
-    mistakes = data_collator.find_mistakes(args, LEAST)
+    mistakes = data_collator.find_mistakes(args)
 
     def attempt(name: str, action, *context):
         value = getattr(args, name)
@@ -96,8 +97,9 @@ def check_arguments(args: Arguments):
             mistakes.append(f"--{name} {value}: {problem}")
 
     config, tokenizer = attempt("model_path", load_config) or (None, None)
-    dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer)
-    eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer)
+    passage = args.random_passage * args.passage_length  # 0: none
+    dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer, passage, args.seed)
+    eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer, passage)
     attempt("peft_path", check_adapter, args.peft_mode)
     if args.peft_mode == "prompt" and args.mapping_hidden_dim != Arguments.mapping_hidden_dim:
         mistakes.append(f"--mapping_hidden_dim {args.mapping_hidden_dim}: --peft_mode prompt has no MLP; leave it out")
@@ -263,7 +265,7 @@ def evaluate(args: Arguments, model, dataset: TokenizedDataset, device: torch.de
 
 def train(args: Arguments, model, tokenizer, sampler, eval_dataset, checkpoint, device, bf16) -> int:
     """Trains from the checkpoint, if any, until the last step; returns the number of tokens that this took."""
-    num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * sampler.steps_per_epoch)
+    num_steps = sampler.num_steps(args)
     optimizer, lr_scheduler = make_optimizer(args, model, num_steps)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {"global_step": 0, "num_input_tokens_seen": 0, "log_history": []}

@@ -13,14 +13,12 @@ Writes into --output_dir: the model in Hugging Face's format and the tokenizer, 
 complete.json), trainer_state.json (the loss curve), runs/ (TensorBoard) and last run.json (the receipt).
 """
 
-import math
 import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import transformers
 from accelerate import DistributedType, PartialState
 from accelerate.utils import save_fsdp_optimizer
@@ -29,9 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
 import data_collator
-from data_collator import DataCollator, RowSampler, TokenizedDataset
-
-LEAST = {"warmup_steps": 0, "weight_decay": 0, "seed": 0, "max_steps": -1}
+from data_collator import DataCollator, RowSampler, TokenizedDataset, use_bf16
 
 
 def flag(default, help: str, choices: str | None = None):
@@ -41,8 +37,10 @@ def flag(default, help: str, choices: str | None = None):
 @dataclass
 class Arguments:
     model_path: str = flag("models/SmolLM2-135M-Instruct", "folder or hub id of a decoder-only model")
-    dataset_path: str = flag("data_sample/tokenized/triage_train", "folder that tokenize_dataset.py wrote")
+    dataset_path: str = flag("data_sample/tokenized/triage_train", "tokenized folder, or name:weight,name:weight")
     eval_dataset_path: str | None = flag(None, "another such folder, for the evaluation loss")
+    random_passage: bool = flag(False, "draw a random passage of each whole document (--format text) at every epoch")
+    passage_length: int = flag(512, "tokens of a passage")
     output_dir: str = flag("outputs/finetune_pp_peft_trainer", "folder for all that the run leaves")
     num_train_epochs: float = flag(1, "passes over the data")
     max_steps: int = flag(-1, "optimizer steps; above 0 it overrides num_train_epochs")
@@ -80,7 +78,7 @@ def check_arguments(args: Arguments):
     Raises:
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
     """
-    mistakes = data_collator.find_mistakes(args, LEAST)
+    mistakes = data_collator.find_mistakes(args)
 
     def attempt(name: str, action, *context):
         value = getattr(args, name)
@@ -93,8 +91,9 @@ def check_arguments(args: Arguments):
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         mistakes.append("ACCELERATE_USE_DEEPSPEED is true, and this script uses FSDP: unset it")
     config, tokenizer = attempt("model_path", load_config) or (None, None)
-    dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer)
-    eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer)
+    passage = args.random_passage * args.passage_length  # 0: none
+    dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer, passage, args.seed)
+    eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer, passage)
     if not mistakes:
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         sampler = RowSampler(dataset, rows * int(os.environ.get("WORLD_SIZE", 1)), args.seed)
@@ -121,8 +120,7 @@ def load_config(path: str):
 
 def make_training_arguments(args: Arguments, sampler: RowSampler) -> transformers.TrainingArguments:
     """Joins the other processes, and says what transformers' loop is to do."""
-    num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * sampler.steps_per_epoch)
-    flags = asdict(args) | {"max_steps": num_steps, "bf16": data_collator.use_bf16(args.bf16, args.use_cpu)}
+    flags = asdict(args) | {"max_steps": sampler.num_steps(args), "bf16": use_bf16(args.bf16, args.use_cpu)}
     flags |= {"save_total_limit": None, "gradient_checkpointing": None}  # what they ask for is done elsewhere
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ |= {"TENSORBOARD_LOGGING_DIR": f"{args.output_dir}/runs", "ACCELERATE_USE_FSDP": "true"}
@@ -221,8 +219,8 @@ def main() -> None:
     )
     facts = trainer.train_rows(sampler, eval_dataset, checkpoint)
     data_collator.write_receipt(args.output_dir, asdict(args), sampler, [str(training_args.device)], facts)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    data_collator.leave()

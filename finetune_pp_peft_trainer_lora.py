@@ -12,7 +12,6 @@ Writes into --output_dir: the adapter in PEFT's format and the tokenizer, checkp
 complete.json), trainer_state.json (the loss curve), runs/ (TensorBoard) and last run.json (the receipt).
 """
 
-import math
 import os
 import sys
 from dataclasses import asdict, dataclass, field
@@ -20,7 +19,6 @@ from pathlib import Path
 
 import peft
 import torch
-import torch.distributed as dist
 import transformers
 from accelerate import DistributedType, PartialState
 from accelerate.utils import save_fsdp_optimizer
@@ -30,10 +28,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, set_seed
 
 import data_collator
-from data_collator import DataCollator, RowSampler, TokenizedDataset
+from data_collator import DataCollator, RowSampler, TokenizedDataset, use_bf16
 
 PEFT_TYPES = {"lora": "LORA", "prefix": "PREFIX_TUNING", "ptuning": "P_TUNING", "prompt": "PROMPT_TUNING"}
-LEAST = {"warmup_steps": 0, "weight_decay": 0, "lora_dropout": 0, "mapping_hidden_dim": 0, "seed": 0, "max_steps": -1}
 
 
 def flag(default, help: str, choices: str | None = None):
@@ -43,8 +40,10 @@ def flag(default, help: str, choices: str | None = None):
 @dataclass
 class Arguments:
     model_path: str = flag("models/SmolLM2-135M-Instruct", "folder or hub id of a decoder-only model")
-    dataset_path: str = flag("data_sample/tokenized/triage_train", "folder that tokenize_dataset.py wrote")
+    dataset_path: str = flag("data_sample/tokenized/triage_train", "tokenized folder, or name:weight,name:weight")
     eval_dataset_path: str | None = flag(None, "another such folder, for the evaluation loss")
+    random_passage: bool = flag(False, "draw a random passage of each whole document (--format text) at every epoch")
+    passage_length: int = flag(512, "tokens of a passage")
     output_dir: str = flag("outputs/finetune_pp_peft_trainer_lora", "folder for all that the run leaves")
     peft_mode: str = flag("lora", "what is trained beside the frozen model", "lora|prefix|ptuning|prompt")
     peft_path: str | None = flag(None, "go on from this adapter with new data")
@@ -91,7 +90,7 @@ def check_arguments(args: Arguments):
     Raises:
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
     """
-    mistakes = data_collator.find_mistakes(args, LEAST)
+    mistakes = data_collator.find_mistakes(args)
 
     def attempt(name: str, action, *context):
         value = getattr(args, name)
@@ -106,8 +105,9 @@ def check_arguments(args: Arguments):
     if args.load_in_4bit and not transformers.utils.is_bitsandbytes_available():
         mistakes.append("--load_in_4bit True: bitsandbytes is missing; pip install bitsandbytes")
     config, tokenizer = attempt("model_path", load_config) or (None, None)
-    dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer)
-    eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer)
+    passage = args.random_passage * args.passage_length  # 0: none
+    dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer, passage, args.seed)
+    eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer, passage)
     attempt("peft_path", check_adapter, args.peft_mode)
     if args.peft_mode == "prompt" and args.mapping_hidden_dim != Arguments.mapping_hidden_dim:
         mistakes.append(f"--mapping_hidden_dim {args.mapping_hidden_dim}: --peft_mode prompt has no MLP; leave it out")
@@ -159,8 +159,7 @@ def make_skeleton(config):
 
 def make_training_arguments(args: Arguments, sampler: RowSampler) -> transformers.TrainingArguments:
     """Joins the other processes, and says what transformers' loop is to do."""
-    num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * sampler.steps_per_epoch)
-    flags = asdict(args) | {"max_steps": num_steps, "bf16": data_collator.use_bf16(args.bf16, args.use_cpu)}
+    flags = asdict(args) | {"max_steps": sampler.num_steps(args), "bf16": use_bf16(args.bf16, args.use_cpu)}
     flags |= {"save_total_limit": None, "gradient_checkpointing": None}  # what they ask for is done elsewhere
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ |= {"TENSORBOARD_LOGGING_DIR": f"{args.output_dir}/runs", "ACCELERATE_USE_FSDP": "true"}
@@ -305,8 +304,8 @@ def main() -> None:
     trainer.adapter = skeleton
     facts = trainer.train_rows(sampler, eval_dataset, checkpoint)
     data_collator.write_receipt(args.output_dir, asdict(args), sampler, [str(training_args.device)], facts)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    data_collator.leave()

@@ -72,11 +72,18 @@ def test_a_set_that_was_not_finished_is_an_error(tmp_path):
         TokenizedDataset(tmp_path / "set")
 
 
-@pytest.mark.parametrize("missing", ["input_ids", "labels"])
-def test_a_missing_column_is_named(tmp_path, missing):
-    rows = [{"text" if name == missing else name: ids for name, ids in row.items()} for row in random_rows(2)]
-    with pytest.raises(ValueError, match=f"no column {missing} .*text"):
+def test_a_missing_column_is_named(tmp_path):
+    rows = [{"text": row["input_ids"], "labels": row["labels"]} for row in random_rows(2)]
+    with pytest.raises(ValueError, match="no column input_ids .*text"):
         TokenizedDataset(save_rows(rows, tmp_path / "set"))
+
+
+def test_whole_documents_are_an_error_unless_passages_are_drawn_from_them(tmp_path):
+    folder = save_documents([[1, 2, 3]], tmp_path / "papers")
+    with pytest.raises(ValueError, match="no column labels .* whole documents; .*--random_passage True"):
+        TokenizedDataset(folder)
+    with pytest.raises(ValueError, match="--random_passage True: .* whole documents, which .*--format text writes"):
+        RowSampler(TokenizedDataset(save_rows(random_rows(2), tmp_path / "rows"), passage_length=8), 1, 42)
 
 
 def test_a_set_without_rows_is_an_error(tmp_path):
@@ -113,11 +120,27 @@ def test_a_set_made_with_another_tokenizer_is_an_error(tmp_path):
 # -------------------------------------------------------------------------------------------------------------------
 
 
+class Rows:
+    """The rows 0, 1, ... of folders of these sizes, as much of a TokenizedDataset as the sampler needs."""
+
+    passage_length = 0
+
+    def __init__(self, *sizes: int, shares: list[int] | None = None):
+        self.sizes, self.shares, self.ledger = list(sizes), shares or list(sizes), {}
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __getitem__(self, draw: int) -> int:
+        return draw % len(self)
+
+
 def order(num_rows: int, rows_per_step: int = 1, seed: int = 42, epoch: int = 0) -> list[int]:
-    sampler = RowSampler(range(num_rows), rows_per_step, seed)
+    sampler = RowSampler(Rows(num_rows), rows_per_step, seed)
     sampler.set_epoch(epoch)
     assert len(list(sampler)) == len(sampler)
-    return list(sampler)
+    assert {draw // num_rows for draw in sampler if draw != FILLER} == {epoch}  # how often it was drawn before
+    return [draw if draw == FILLER else draw % num_rows for draw in sampler]
 
 
 def test_the_order_is_given_by_seed_and_epoch_alone():
@@ -137,25 +160,167 @@ def test_every_row_comes_once_an_epoch_and_fillers_only_at_the_end(num_rows, row
 
 
 @few_examples
-@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 9))
-def test_the_rows_of_a_step_are_those_that_the_sampler_gives_it(num_rows, rows_per_step, seed):
-    sampler = RowSampler(list(range(100, 100 + num_rows)), rows_per_step, seed)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=3), st.integers(1, 5), st.integers(0, 9))
+def test_the_rows_of_a_step_are_those_that_the_sampler_gives_it(sizes, rows_per_step, seed):
+    sampler = RowSampler(Rows(*sizes), rows_per_step, seed)
     for epoch in range(3):
         sampler.set_epoch(epoch)
         order = list(sampler)
         for step in range(sampler.steps_per_epoch):
-            window = order[step * rows_per_step : (step + 1) * rows_per_step]
-            expected = [100 + index for index in window if index != FILLER]
-            assert sampler.rows_of(epoch * sampler.steps_per_epoch + step) == expected
+            window = [draw for draw in order[step * rows_per_step : (step + 1) * rows_per_step] if draw != FILLER]
+            assert sampler.draws_of(epoch * sampler.steps_per_epoch + step) == window
+            rows = sampler.rows_of(epoch * sampler.steps_per_epoch + step)
+            assert rows == [draw % sum(sizes) for draw in window]
 
 
 def test_an_epoch_of_steps_holds_every_row_once_without_fillers():
-    sampler = RowSampler(list(range(7)), rows_per_step=4, seed=0)
+    sampler = RowSampler(Rows(7), rows_per_step=4, seed=0)
     epochs = [[sampler.rows_of(step) for step in (first, first + 1)] for first in (0, 2)]
     assert [[len(rows) for rows in epoch] for epoch in epochs] == [[4, 3], [4, 3]]
     seen = [[row for rows in epoch for row in rows] for epoch in epochs]
     assert sorted(seen[0]) == sorted(seen[1]) == list(range(7))
     assert seen[0] != seen[1]
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Several folders by weight
+# -------------------------------------------------------------------------------------------------------------------
+
+
+@few_examples
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 20)), min_size=1, max_size=3), st.integers(0, 9))
+def test_a_mix_draws_the_share_of_each_folder_and_none_again_before_the_rest(folders, seed):
+    sizes = [size for size, _ in folders]
+    shares = sizes[:1] + [share for _, share in folders[1:]]
+    sampler = RowSampler(Rows(*sizes, shares=shares), rows_per_step=4, seed=seed)
+    first = np.cumsum([0, *sizes])
+    drawn = [[] for _ in sizes]
+    for epoch in range(4):
+        draws = sampler.order(epoch)
+        for number, share in enumerate(shares):
+            mine = [d for d in draws.tolist() if first[number] <= d % sum(sizes) < first[number + 1]]
+            assert len(mine) == share
+            drawn[number] += sorted(d // sum(sizes) * sizes[number] + d % sum(sizes) - first[number] for d in mine)
+    for number, size in enumerate(sizes):
+        # Sorted by pass, then row: every pass but the last is whole, and no (pass, row) comes twice.
+        times = np.bincount(np.array(drawn[number]) // size)
+        assert len(set(drawn[number])) == len(drawn[number]) == 4 * shares[number]
+        assert (times[:-1] == size).all() and 0 < times[-1] <= size
+
+
+def test_a_mix_is_read_from_its_folders_and_weights(tmp_path):
+    many, few = random_rows(12, seed=1), random_rows(3, seed=2)
+    save_rows(many, tmp_path / "medical"), save_rows(few, tmp_path / "general")
+    spec = f"{tmp_path}/medical:3,{tmp_path}/general:1"
+    dataset = TokenizedDataset(spec)
+    assert (dataset.sizes, dataset.shares, len(dataset)) == ([12, 3], [12, 4], 15)
+    assert [dataset[i]["input_ids"].tolist() for i in range(15)] == [row["input_ids"] for row in many + few]
+    assert dataset.ledger["mix"] == {f"{tmp_path}/medical": 3, f"{tmp_path}/general": 1}
+    assert TokenizedDataset(f"{tmp_path}/general, {tmp_path}/medical").shares == [3, 3]
+    assert TokenizedDataset(f"{tmp_path}/medical:1,{tmp_path}/general:0.001").shares == [12, 1]  # never left out
+
+    sampler, other = RowSampler(dataset, 4, 42), RowSampler(TokenizedDataset(spec.replace(":1", ":2")), 4, 42)
+    assert sampler.identity["dataset_sha256"] != other.identity["dataset_sha256"]  # no run goes on with other weights
+    rows = [row["input_ids"].tolist() for step in range(sampler.steps_per_epoch) for row in sampler.rows_of(step)]
+    assert sorted(r for r in rows if r in [row["input_ids"] for row in many]) == sorted(r["input_ids"] for r in many)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("{0}/rows,{0}/none:2", "none: no such folder"),
+        ("{0}/rows:0,{0}/other:1", "weight above 0"),
+        ("{0}/rows,{0}/rows:2", "each folder once"),
+        ("{0}/rows,,{0}/other", "each folder once"),
+        ("{0}/rows:1.2.3,{0}/other", "1.2.3"),
+    ],
+)
+def test_a_mix_that_is_wrong_is_named(tmp_path, spec, message):
+    save_rows(random_rows(3), tmp_path / "rows"), save_rows(random_rows(3), tmp_path / "other")
+    with pytest.raises((ValueError, OSError), match=message):
+        TokenizedDataset(spec.format(tmp_path))
+
+
+def test_packed_and_unpacked_rows_mix(tmp_path):
+    save_rows(pack([random_rows(4)]), tmp_path / "packed"), save_rows(random_rows(2), tmp_path / "rows")
+    dataset = TokenizedDataset(f"{tmp_path}/rows,{tmp_path}/packed")
+    assert dataset.packed and dataset[0]["position_ids"].tolist() == list(range(len(dataset[0]["input_ids"])))
+    batch = DataCollator(padding_free=True)([dataset[0], dataset[2], dataset[FILLER]])
+    assert (batch["position_ids"] == 0).sum() == 1 + 4 + 1
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Random passages
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def save_documents(documents: list[list[int]], folder: Path) -> Path:
+    return save_rows([{"input_ids": ids} for ids in documents], folder)
+
+
+def passages(dataset: TokenizedDataset, index: int, times: int) -> list[list[int]]:
+    return [dataset[index + n * len(dataset)]["input_ids"].tolist() for n in range(times)]
+
+
+def test_every_start_is_drawn_and_none_beyond_the_last(tmp_path):
+    dataset = TokenizedDataset(save_documents([list(range(10))], tmp_path / "papers"), passage_length=4)
+    drawn = passages(dataset, 0, 700)
+    starts = np.bincount([ids[0] for ids in drawn], minlength=7)
+    assert all(ids == list(range(ids[0], ids[0] + 4)) for ids in drawn)
+    assert len(starts) == 7  # 0 to 6, where the passage ends with the document
+    assert ((starts - 100) ** 2 / 100).sum() < 22.5  # chi-squared with 6 degrees of freedom: p = 0.001
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5])
+def test_a_document_about_as_long_as_the_passage_is_used_whole(tmp_path, length):
+    folder = save_documents([list(range(10)), list(range(length))], tmp_path / "papers")
+    dataset = TokenizedDataset(folder, passage_length=4)
+    assert {len(ids) for ids in passages(dataset, 1, 20)} == {min(length, 4)}
+    batch = DataCollator(padding_free=False)([dataset[0], dataset[1]])
+    assert num_targets(batch) == 3 + min(length, 4) - 1  # every token but the first, and none of the padding
+    assert [dataset.num_tokens(draw) for draw in (0, 1)] == [4, min(length, 4)]
+
+
+def test_passages_are_given_by_seed_draw_and_document_alone(tmp_path):
+    folder = save_documents([list(range(100, 300)) for _ in range(8)], tmp_path / "papers")
+    dataset, again = (TokenizedDataset(folder, passage_length=16, seed=7) for _ in range(2))
+    np.random.seed(1), torch.manual_seed(1)
+    expected = [dataset[draw]["input_ids"].tolist() for draw in range(24)]
+    assert [again[draw]["input_ids"].tolist() for draw in reversed(range(24))] == expected[::-1]
+    loader = torch.utils.data.DataLoader(dataset, None, sampler=range(24), num_workers=2)  # other processes
+    assert [row["input_ids"].tolist() for row in loader] == expected
+    assert len({ids[0] for ids in expected}) > 15  # documents and epochs differ
+    other_seed = TokenizedDataset(folder, passage_length=16, seed=8)
+    assert [other_seed[draw]["input_ids"].tolist() for draw in range(24)] != expected
+
+
+@few_examples
+@given(st.integers(1, 4), st.integers(0, 20))
+def test_a_step_sees_the_same_passages_whatever_the_number_of_processes(papers, num_ranks, step):
+    """Ranks take turns in the sampler's order, and resuming begins at a step: neither changes what is drawn."""
+    sampler = RowSampler(TokenizedDataset(papers, passage_length=16, seed=42), 4, 42)
+    epoch, first = divmod(step, sampler.steps_per_epoch)
+    sampler.set_epoch(epoch)
+    window = list(sampler)[4 * first : 4 * first + 4]
+    shares = [[sampler.dataset[draw]["input_ids"].tolist() for draw in window[r::num_ranks]] for r in range(num_ranks)]
+    together = [shares[i % num_ranks][i // num_ranks] for i in range(4)]
+    rows = [row["input_ids"].tolist() for row in sampler.rows_of(step)]
+    assert together == rows + [[0]] * (4 - len(rows))
+    assert sum(map(sampler.dataset.num_tokens, sampler.draws_of(step))) == sum(map(len, rows))
+
+
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory) -> Path:
+    lengths = np.random.default_rng(0).integers(1, 60, 11)
+    return save_documents([list(range(n)) for n in lengths], tmp_path_factory.mktemp("papers") / "set")
+
+
+def test_documents_and_rows_with_labels_mix(tmp_path, papers):
+    save_rows(random_rows(5), tmp_path / "instructions")
+    dataset = TokenizedDataset(f"{papers}:2,{tmp_path}/instructions:1", passage_length=16)
+    rows = RowSampler(dataset, 50, 0).rows_of(0)
+    whole = [row for row in rows if torch.equal(row["input_ids"], row["labels"])]
+    assert (len(rows), len(whole)) == (17, 11)  # 11 passages; 6 of 5 rows, one of them twice
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -511,13 +676,13 @@ def test_no_flipped_byte_of_the_mark_makes_a_crash(tmp_path, sampler):
     assert outcomes == {"damaged", "belongs to", folder}  # the size in bytes and white space decide nothing
 
 
-def test_only_complete_checkpoints_count_for_the_limit(tmp_path, sampler):
-    for step in (10, 90):
+def test_only_complete_checkpoints_count_for_the_limit_and_all_older_ones_go(tmp_path, sampler):
+    for step in (10, 90, 105, 115):
         save_checkpoint(tmp_path, step, None)
     for step in (20, 30, 100):
         save_checkpoint(tmp_path, step, sampler)
     save_checkpoint(tmp_path, 110, sampler, save_total_limit=2)
-    assert [int(path.name[11:]) for path in list_checkpoints(tmp_path)] == [110, 100, 90, 10]
+    assert [int(path.name[11:]) for path in list_checkpoints(tmp_path)] == [115, 110, 105, 100]
 
 
 @pytest.mark.parametrize("change", [{"seed": 43}, {"rows_per_step": 4}, {"dataset": 23}])

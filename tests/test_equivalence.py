@@ -261,6 +261,7 @@ if name.endswith("deepspeed"):
 else:
     trainer_class._clip_grad_norm = before(trainer_class._clip_grad_norm)
 script.main()
+script.data_collator.leave()
 """
 
 

@@ -81,6 +81,7 @@ class ListColumn:
     def __init__(self, column):
         self.chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in column.chunks]
         self.first_rows = np.cumsum([0] + [len(chunk) for chunk in column.chunks]).tolist()
+        self.num_values = sum(int(offsets[-1] - offsets[0]) for offsets, _ in self.chunks)
 
     def __getitem__(self, row: int) -> np.ndarray:
         chunk = bisect_right(self.first_rows, row) - 1
@@ -193,7 +194,7 @@ class TokenizedDataset(Dataset):
     def __len__(self) -> int:
         return self.first_rows[-1]
 
-    def _locate(self, draw: int) -> tuple[TokenizedFolder, int, slice]:
+    def locate(self, draw: int) -> tuple[TokenizedFolder, int, slice]:
         """The folder and row of a draw, and what is taken of the row."""
         times, index = divmod(draw, len(self))
         number = bisect_right(self.first_rows, index) - 1
@@ -205,7 +206,7 @@ class TokenizedDataset(Dataset):
         return folder, row, slice(start, start + self.passage_length)
 
     def num_tokens(self, draw: int) -> int:
-        folder, row, taken = self._locate(draw)
+        folder, row, taken = self.locate(draw)
         return len(folder.columns["input_ids"][row][taken])
 
     def __getitem__(self, draw: int) -> dict[str, torch.Tensor]:
@@ -217,7 +218,7 @@ class TokenizedDataset(Dataset):
         if draw == FILLER:
             row = {"input_ids": torch.zeros(1, dtype=torch.int64), "labels": torch.full((1,), IGNORE_INDEX)}
         else:
-            folder, row, taken = self._locate(int(draw))
+            folder, row, taken = self.locate(int(draw))
             columns = folder.columns.items()
             row = {name: torch.from_numpy(ids[row][taken].astype(np.int64)) for name, ids in columns}
             row.setdefault("labels", row["input_ids"])

@@ -71,19 +71,24 @@ class Arguments:
     to_meta: bool = flag(False, "the other direction: from Hugging Face to Meta")
     num_shards: int | None = flag(None, "of --to_meta; default: as many as the model once had, else 1")
     rope_scaling_factor: float | None = flag(None, "of Llama 3.1 and later; default: 32 if the output is tied, else 8")
+    instruct: bool | None = flag(
+        None, "write Llama 3's chat template and stop ids; default: if the folder's name says so"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------------
 # What params.json means, and under which name, in which shape and how divided each side keeps a weight
 # -------------------------------------------------------------------------------------------------------------------
 
-# Of the other entries, these do not change what the weights mean; any that is unknown might.
-PARAMS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps"}
-PARAMS |= {"rope_theta", "use_scaled_rope", "rope_scaling_factor", "max_batch_size", "max_seq_len"}
+# The entries of params.json; one that is not here might change what the weights mean.
+COUNTS = ["dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"]
+NUMBERS = ["norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scaling_factor"]
+OTHERS = ["vocab_size", "use_scaled_rope", "max_batch_size", "max_seq_len"]
 # What params.json determines of a configuration.
-FIELDS = ("model_type", "hidden_act", "attention_bias", "mlp_bias", "head_dim", "vocab_size", "hidden_size")
-FIELDS += ("intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps")
-FIELDS += ("rope_parameters", "tie_word_embeddings")
+FIELDS = (
+    "model_type hidden_act attention_bias mlp_bias head_dim vocab_size hidden_size intermediate_size num_hidden_layers "
+    "num_attention_heads num_key_value_heads rms_norm_eps rope_parameters tie_word_embeddings"
+).split()
 
 
 @dataclass(frozen=True)
@@ -125,33 +130,61 @@ def list_weights(c: LlamaConfig, vocabulary_parallel: bool) -> list[Weight]:
 
 
 def config_of_params(params: dict, vocab_size: int, tied: bool, factor: float | None, dtype=None) -> LlamaConfig:
-    """The configuration that params.json states, with the defaults of the code that Meta published with it."""
-    dim, heads, theta, eps = params["dim"], params["n_heads"], params.get("rope_theta"), params.get("norm_eps") or 1e-5
-    ffn = int((params.get("ffn_dim_multiplier") or 1) * int(8 * dim / 3))
-    multiple, rope = params.get("multiple_of") or 256, {"rope_type": "default", "rope_theta": float(theta or 10000)}
-    # No file states the context. LLaMA 1 has float16 files and mostly the smaller epsilon, Llama 2 has bfloat16 files.
-    context = 2048 if eps < 1e-5 or dtype == torch.float16 else 4096
-    if rope["rope_theta"] != 10000:
-        context = 8192 if rope["rope_theta"] == 500000 else 16384  # Llama 3, Code Llama
+    """The configuration that params.json states, with the defaults of the code that Meta published with it.
+
+    Args:
+        factor: of the scaled frequencies, if it is not the one that Meta's code has for this generation.
+        dtype: of Meta's files; with theta it tells the generation, and so the context, which no file states.
+    """
+    dim, num_heads = params["dim"], params["n_heads"]
+    rope_theta, norm_eps = float(params.get("rope_theta") or 10000), params.get("norm_eps") or 1e-5
+    rope = {"rope_type": "default", "rope_theta": rope_theta}
     if params.get("use_scaled_rope"):
-        # Meta's code for 3.2 has the factor in its sources, not in params.json.
-        factor, context = float(factor or params.get("rope_scaling_factor") or (32 if tied else 8)), 131072
-        rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        context = 131072
+        rope["rope_type"] = "llama3"
+        rope["factor"] = float(factor or params.get("rope_scaling_factor") or (32 if tied else 8))
+        rope["low_freq_factor"], rope["high_freq_factor"] = 1.0, 4.0
         rope["original_max_position_embeddings"] = 8192
-    sizes = {"vocab_size": vocab_size, "hidden_size": dim, "intermediate_size": multiple * -(-ffn // multiple)}
-    sizes |= {"num_hidden_layers": params["n_layers"], "num_attention_heads": heads, "max_position_embeddings": context}
-    sizes |= {"num_key_value_heads": params.get("n_kv_heads") or heads, "rms_norm_eps": eps}
-    return LlamaConfig(**sizes, rope_parameters=rope, tie_word_embeddings=tied, architectures=["LlamaForCausalLM"])
+    elif rope_theta == 500000:  # Llama 3
+        context = 8192
+    elif rope_theta != 10000:  # Code Llama
+        context = 16384
+    elif dtype == torch.float16 or (dtype != torch.bfloat16 and norm_eps < 1e-5):  # LLaMA 1
+        context = 2048
+    else:
+        context = 4096
+    multiple_of = params.get("multiple_of") or 256
+    intermediate_size = int((params.get("ffn_dim_multiplier") or 1) * int(8 * dim / 3))
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=vocab_size,
+        hidden_size=dim,
+        intermediate_size=math.ceil(intermediate_size / multiple_of) * multiple_of,
+        num_hidden_layers=params["n_layers"],
+        num_attention_heads=num_heads,
+        num_key_value_heads=params.get("n_kv_heads") or num_heads,
+        max_position_embeddings=context,
+        rms_norm_eps=norm_eps,
+        rope_parameters=rope,
+        tie_word_embeddings=tied,
+    )
 
 
 def params_of_config(c: LlamaConfig) -> dict:
-    params = {"dim": c.hidden_size, "n_layers": c.num_hidden_layers, "n_heads": c.num_attention_heads}
-    params |= {"n_kv_heads": c.num_key_value_heads, "vocab_size": c.vocab_size, "norm_eps": c.rms_norm_eps}
-    # Meta's formula for the feed-forward size has no inverse in round numbers; these two give exactly that size.
-    params |= {"multiple_of": 1, "ffn_dim_multiplier": (c.intermediate_size + 0.5) / int(8 * c.hidden_size / 3)}
-    params["rope_theta"] = c.rope_parameters["rope_theta"]
-    if factor := c.rope_parameters.get("factor"):
-        params |= {"use_scaled_rope": True, "rope_scaling_factor": factor}
+    params = {
+        "dim": c.hidden_size,
+        "n_layers": c.num_hidden_layers,
+        "n_heads": c.num_attention_heads,
+        "n_kv_heads": c.num_key_value_heads,
+        "vocab_size": c.vocab_size,
+        "norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_parameters["rope_theta"],
+        # Meta's formula for the feed-forward size has no inverse in round numbers; these two give exactly that size.
+        "multiple_of": 1,
+        "ffn_dim_multiplier": (c.intermediate_size + 0.5) / int(8 * c.hidden_size / 3),
+    }
+    if "factor" in c.rope_parameters:
+        params |= {"use_scaled_rope": True, "rope_scaling_factor": c.rope_parameters["factor"]}
     return params
 
 
@@ -180,29 +213,40 @@ def check_arguments(args: Arguments) -> Plan:
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
     """
     output, part, plan = Path(args.output_dir).resolve(), incomplete_folder(args.output_dir), None
-    factor, n = args.rope_scaling_factor, args.num_shards
+    factor, num_shards = args.rope_scaling_factor, args.num_shards
     mistakes = [
         f"--{name} {getattr(args, name)}: {remedy}"
-        for wrong, name, remedy in (
-            (args.dtype not in (*DTYPES, "auto"), "dtype", f"must be one of {', '.join(DTYPES)}, auto"),
-            (parse_size(args.max_shard_size) < 1, "max_shard_size", "write a size such as 5GB or 500MB"),
-            (n is not None and (n < 1 or not args.to_meta), "num_shards", "at least 1, and with --to_meta"),
-            (factor is not None and (factor < 1 or args.to_meta), "rope_scaling_factor", "at least 1, no --to_meta"),
-            (args.to_meta and args.tokenizer_only, "tokenizer_only", "goes without --to_meta"),
-            (output.is_file() or output.is_dir() and any(output.iterdir()), "output_dir", "not empty; name another"),
-            (part.exists(), "output_dir", f"another conversion runs or was killed; if it was, delete {part}"),
-            (not Path(args.input_dir).is_dir(), "input_dir", "no such folder"),
+        for name, wrong, remedy in (
+            ("dtype", args.dtype not in (*DTYPES, "auto"), f"must be one of {', '.join(DTYPES)}, auto"),
+            ("max_shard_size", parse_size(args.max_shard_size) < 1, "write a size such as 5GB or 500MB"),
+            (
+                "num_shards",
+                num_shards is not None and (num_shards < 1 or not args.to_meta),
+                "at least 1; only with --to_meta",
+            ),
+            (
+                "rope_scaling_factor",
+                factor is not None and (factor < 1 or args.to_meta),
+                "at least 1; not with --to_meta",
+            ),
+            ("instruct", args.instruct is not None and args.to_meta, "not with --to_meta"),
+            ("tokenizer_only", args.tokenizer_only and args.to_meta, "not with --to_meta"),
+            ("output_dir", output.is_file() or output.is_dir() and any(output.iterdir()), "not empty; name another"),
+            ("output_dir", part.exists(), f"another conversion runs or was killed; if it was, delete {part}"),
+            ("input_dir", not Path(args.input_dir).is_dir(), "no such folder"),
         )
         if wrong
     ]
-    try:
-        plan = None if mistakes else check_hf(args) if args.to_meta else check_meta(args)
-    except (ValueError, OSError, StrictDataclassError) as problem:
-        mistakes.append(f"--input_dir {args.input_dir}: {' '.join(str(problem).split())}")
-    needed = 2**26 + sum(plan.num_bytes(weight) for weight in plan.weights) if plan else 0
-    if (free := shutil.disk_usage(part.parent).free) < needed:
-        sizes = f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free"
-        mistakes.append(f"--output_dir {args.output_dir}: {sizes} on that disk; name a folder on another")
+    if not mistakes:
+        try:
+            plan = check_hf(args) if args.to_meta else check_meta(args)
+        except (ValueError, OSError, StrictDataclassError, ZeroDivisionError) as problem:
+            mistakes.append(f"--input_dir {args.input_dir}: {' '.join(str(problem).split())}")
+    if plan:
+        needed, free = 2**26 + sum(map(plan.num_bytes, plan.weights)), shutil.disk_usage(part.parent).free
+        if free < needed:
+            sizes = f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free"
+            mistakes.append(f"--output_dir {args.output_dir}: {sizes} on that disk; name a folder on another")
     if mistakes:
         raise ValueError("\n".join(mistakes))
     return plan
@@ -225,35 +269,40 @@ def check_meta(args: Arguments) -> Plan:
     Raises:
         ValueError, FileNotFoundError: a file is missing, damaged or not what params.json says.
     """
-    folder = Path(args.input_dir).resolve()
+    folder = Path(args.input_dir)
     params = {} if args.tokenizer_only and not (folder / "params.json").is_file() else read_params(folder)
-    files = [parent / "tokenizer.model" for parent in (folder, folder.parent) if (parent / "tokenizer.model").is_file()]
-    if not files:
+    places = [parent / "tokenizer.model" for parent in (folder.resolve(), folder.resolve().parent)]
+    path = next(filter(Path.is_file, places), None)
+    if path is None:
         raise FileNotFoundError("no tokenizer.model in it or beside it; Meta's download has one, copy it there")
-    # Nothing in the files tells an Instruct model from a base model, but the name that its download has.
-    instruct = any("instruct" in name.lower() for name in folder.parts[-2:])
-    tokenizer = read_tokenizer(files[0], not params or bool(params.get("use_scaled_rope")), instruct)
+    # Llama 3 and its successors have the same tokenizer.model; what its special tokens are called depends on which.
+    newer = bool(params.get("use_scaled_rope")) if params else True
+    tokenizer = read_tokenizer(path, newer, is_instruct(folder) if args.instruct is None else args.instruct)
+    if args.instruct and tokenizer.kind != "tiktoken":
+        raise ValueError("only Llama 3 and its successors have a chat template here; leave --instruct away")
     if args.tokenizer_only:
         return Plan(tokenizer)
     if args.rope_scaling_factor and not params.get("use_scaled_rope"):
         raise ValueError("params.json does not state use_scaled_rope; leave --rope_scaling_factor away")
+
     shards = open_shards(folder)
-    embedding, n = shards[0].get("tok_embeddings.weight", torch.empty(1, 1)), len(shards)
-    vocabulary_parallel = n > 1 and embedding.shape[-1] == params["dim"]
+    embedding, n = shards[0].get("tok_embeddings.weight"), len(shards)
+    if embedding is None or embedding.dim() != 2:
+        raise ValueError("tok_embeddings.weight is missing in shard 0, or is no matrix; download it again")
+    vocabulary_parallel = n > 1 and embedding.shape[1] == params["dim"]
     # LLaMA 1 and 2 state -1 and leave it to the tokenizer.
     vocab_size = max(params.get("vocab_size") or 0, 0) or len(embedding) * (n if vocabulary_parallel else 1)
     stored = any("output.weight" in shard for shard in shards)
     tied = not stored or all(is_tied(shard) for shard in shards)
+    if tokenizer.size != vocab_size:
+        raise ValueError(f"{path} has {tokenizer.size} tokens, the embedding {vocab_size}; they do not belong together")
     config = config_of_params(params, vocab_size, tied, args.rope_scaling_factor, embedding.dtype)
     weights = list_weights(config, vocabulary_parallel)[: None if stored else -1]
-    check_division(config, weights, n)
-    check_shards(weights, shards)
-    if tokenizer.size != vocab_size:
-        raise ValueError(
-            f"{files[0]} has {tokenizer.size} tokens, the embedding {vocab_size}; they do not belong together"
-        )
+    check_division(config, weights, n, "a shard is missing, or params.json is of another model")
+    check_shards(weights, shards, config.head_dim)
+
     dtypes = {weight.meta: DTYPES.get(args.dtype, shards[0][weight.meta].dtype) for weight in weights}
-    config.dtype = str(dtypes["tok_embeddings.weight"])[6:]
+    config.dtype = name_of(dtypes["tok_embeddings.weight"])
     for name, value in tokenizer.ids().items():
         setattr(config, name, value)
     # One shard does not show how it would be divided: as Llama 3 is, if it has its tokenizer.
@@ -261,24 +310,42 @@ def check_meta(args: Arguments) -> Plan:
     meta["vocabulary_parallel"] = vocabulary_parallel or (n == 1 and tokenizer.kind == "tiktoken")
     if "rope.freqs" in shards[0]:  # a table that Meta's code computes anew
         freqs = shards[0]["rope.freqs"]
-        meta["rope_freqs"] = {"dtype": str(freqs.dtype)[6:], "values": freqs.tolist()}
+        meta["rope_freqs"] = {"dtype": name_of(freqs.dtype), "values": freqs.tolist()}
     return Plan(tokenizer, config, weights[: -1 if stored and tied else None], dtypes, shards, meta)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def is_instruct(folder: Path) -> bool:
+    """Nothing in the files tells an Instruct model from a base model, but the name that its download has."""
+    names = [*folder.absolute().parts[-2:], *folder.resolve().parts[-2:]]
+    names += [part for part in folder.absolute().parts if part.startswith("models--")]  # the hub's cache
+    return any("instruct" in name.lower() for name in names)
 
 
 def read_params(folder: Path) -> dict:
     try:
         params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
-        stated = {name for name, value in params.items() if value is not None}
+        stated = {name: value for name, value in params.items() if value is not None}
     except FileNotFoundError:
         raise FileNotFoundError("no params.json in it; name the folder that Meta's download made") from None
     except (ValueError, AttributeError):
         raise ValueError("params.json is no JSON object; download it again") from None
-    counts = {"dim", "n_layers", "n_heads"} | stated & {"n_kv_heads", "multiple_of"}
-    if wrong := sorted(name for name in counts if type(params.get(name)) is not int or params[name] < 1):
-        raise ValueError(f"params.json must state a number for {', '.join(wrong)}; download it again")
-    if unknown := stated - PARAMS:
+    if unknown := stated.keys() - {*COUNTS, *NUMBERS, *OTHERS}:
         raise ValueError(f"params.json has {', '.join(sorted(unknown))}: no text model, or quantized; take another")
+    wrong = [name for name in COUNTS if name in stated and not (type(stated[name]) is int and stated[name] > 0)]
+    wrong += [name for name in NUMBERS if name in stated and not is_positive(stated[name])]
+    wrong += ["vocab_size"] if type(stated.get("vocab_size", -1)) is not int else []
+    wrong += ["use_scaled_rope"] if type(stated.get("use_scaled_rope", False)) is not bool else []
+    if wrong := [name for name in ("dim", "n_layers", "n_heads") if name not in stated] + wrong:
+        raise ValueError(f"params.json has no number, or a wrong one, for {', '.join(wrong)}; download it again")
     return params
+
+
+def is_positive(value) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def open_shards(folder: Path) -> list[dict[str, torch.Tensor]]:
@@ -288,70 +355,77 @@ def open_shards(folder: Path) -> list[dict[str, torch.Tensor]]:
     if absent := sorted(expected - {path.name for path in paths}):
         raise FileNotFoundError(f"{absent[0]} is missing; download it again, or name the folder that has it")
     for path in paths:
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if start[:1] == b"\x80":  # a bare pickle, as PyTorch wrote before 1.6
+            resave = f"import torch; torch.save(torch.load('{path}', weights_only=True), '{path}')"
+            raise ValueError(f'{path.name} is in an old format that cannot be mapped; run python -c "{resave}"')
         try:
-            with open(path, "rb") as file:
-                start = file.read(2)
-            if start[:1] == b"\x80":
-                resave = f"import torch; torch.save(torch.load('{path}', weights_only=True), '{path}')"
-                raise ValueError(f'{path.name} is in an old format that cannot be mapped; run python -c "{resave}"')
             if start != b"PK":
                 raise RuntimeError("this is no PyTorch file")
             shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            if not isinstance(shard, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in shard.values()):
-                raise pickle.UnpicklingError
         except pickle.UnpicklingError:
-            raise ValueError(
-                f"{path.name} holds other things than tensors and was not opened; get it from Meta"
-            ) from None
+            shard = None
         except RuntimeError as problem:
-            reason = str(problem).splitlines()[0]
+            reason = str(problem).splitlines()[0].split(". ")[0]  # what follows may advise to execute the pickle
             raise ValueError(f"{path.name} is truncated or damaged ({reason}); download it again") from None
+        if not isinstance(shard, dict) or not all(map(is_dense, shard.values())):
+            raise ValueError(f"{path.name} holds other things than tensors and was not opened; get it from Meta")
         shards.append(shard)
     return shards
 
 
+def is_dense(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
 def is_tied(shard: dict[str, torch.Tensor]) -> bool:
     """Whether the output, which is stored, equals the embedding, as in Llama 3.2."""
-    pair = [shard[name] for name in ("tok_embeddings.weight", "output.weight") if name in shard]
-    equal = len(pair) == 2 and pair[0].shape == pair[1].shape and torch.equal(*pair)
-    release(*pair)
+    embedding, output = shard.get("tok_embeddings.weight"), shard.get("output.weight")
+    if embedding is None or output is None or embedding.shape != output.shape:
+        return False
+    equal = torch.equal(embedding, output)
+    release(embedding, output)
     return equal
 
 
-def check_division(c: LlamaConfig, weights: list[Weight], n: int) -> None:
+def check_division(c: LlamaConfig, weights: list[Weight], n: int, remedy: str) -> None:
     heads, kv = c.num_attention_heads, c.num_key_value_heads
     uneven = [c.hidden_size % heads, c.head_dim % 2, heads % kv, heads % n, max(n, kv) % min(n, kv)]
     uneven += [weight.shape[weight.split] % weight.num_parts(n) for weight in weights if weight.split is not None]
     if any(uneven):
         raise ValueError(f"{n} shards do not divide {heads} heads, {kv} key/value heads, {c.hidden_size} dimensions, "
-                         f"{c.intermediate_size} feed-forward rows and {c.vocab_size} tokens")  # fmt: skip
+                         f"{c.intermediate_size} feed-forward rows and {c.vocab_size} tokens; {remedy}")  # fmt: skip
 
 
-def check_shards(weights: list[Weight], shards: list[dict[str, torch.Tensor]]) -> None:
-    n, known, wrong = len(shards), {weight.meta for weight in weights} | {"rope.freqs"}, []
+def check_shards(weights: list[Weight], shards: list[dict[str, torch.Tensor]], head_dim: int) -> None:
+    """Every shard has exactly the tensors that params.json makes; those that several shards hold are equal."""
+    n, wrong = len(shards), []
+    expected = {weight.meta: weight.piece_shape(n) for weight in weights}
+    if any("rope.freqs" in shard for shard in shards):
+        expected["rope.freqs"] = [head_dim // 2]
     for i, shard in enumerate(shards):
-        wrong += [f"{name} is unknown" for name in sorted(shard.keys() - known)]
-        for weight in weights:
-            tensor, shape = shard.get(weight.meta), weight.piece_shape(n)
-            if tensor is None:
-                wrong.append(f"{weight.meta} is missing in shard {i}")
-            elif list(tensor.shape) != shape:
-                wrong.append(f"{weight.meta} is {list(tensor.shape)} in shard {i}, not {shape} as params.json and {n} "
-                             "shards make it")  # fmt: skip
-            elif tensor.dtype not in CODES or tensor.dtype != shards[0][weight.meta].dtype:
-                wrong.append(f"{weight.meta} is {tensor.dtype} in shard {i}")
+        wrong += [f"{name} is unknown" for name in shard if name not in expected]
+        for name, shape in expected.items():
+            if name not in shard:
+                wrong.append(f"{name} is missing in shard {i}")
+            elif list(shard[name].shape) != shape:
+                made = f"{shape} as params.json and {n} shards make it"
+                wrong.append(f"{name} is {list(shard[name].shape)} in shard {i}, not {made}")
+            elif shard[name].dtype not in CODES or shard[name].dtype != shards[0][name].dtype:
+                wrong.append(f"{name} is {shard[name].dtype} in shard {i}")
     if wrong:
         raise ValueError(f"{'; '.join(wrong[:3])} ({len(wrong)} such findings): a shard is missing, damaged "
                          "or of another model, or params.json is; download again")  # fmt: skip
     for weight in weights:
         copies = n // weight.num_parts(n)
         for i in range(n if copies > 1 else 0):
-            pair = [shards[i // copies * copies][weight.meta], shards[i][weight.meta]]
-            if not torch.equal(*pair):
+            first, other = shards[i // copies * copies][weight.meta], shards[i][weight.meta]
+            if not torch.equal(first, other):
                 raise ValueError(
-                    f"{weight.meta} must be equal in several shards and differs in shard {i}; download again"
+                    f"{weight.meta} must be equal in several shards and is not in shard {i}; download again"
                 )
-            release(*pair)
+            release(first, other)
 
 
 def check_hf(args: Arguments) -> Plan:
@@ -361,26 +435,27 @@ def check_hf(args: Arguments) -> Plan:
         ValueError, FileNotFoundError: it is no LLaMA, is damaged, or has what Meta's code cannot express.
     """
     folder = Path(args.input_dir)
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError("it holds an adapter; merge the adapter into its model first")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError("no config.json in it; name the folder of a whole model")
-    config, report = AutoConfig.from_pretrained(folder), folder / "conversion_report.json"
+    config = AutoConfig.from_pretrained(folder)
     if config.model_type != "llama":
         raise ValueError(f"config.json is that of a {config.model_type}; Meta's format is for a llama")
-    meta = json.loads(report.read_text(encoding="utf-8"))["meta"] if report.is_file() else {"params": None}
-    for params in (meta["params"], params_of_config(config)):  # the original ones, if they still hold
+    former = read_former_meta(folder)
+    for params in (former.get("params"), params_of_config(config)):  # the original ones, if they still hold
         stated = config_of_params(params, config.vocab_size, config.tie_word_embeddings, None) if params else None
         differ = [name for name in FIELDS if getattr(stated, name, None) != getattr(config, name)]
         if not differ:
             break
     else:
         raise ValueError(f"Meta's code cannot compute {differ[0]} = {getattr(config, differ[0])} of config.json")
-    vocabulary_parallel = config.tie_word_embeddings or stated.rope_parameters["rope_theta"] == 500000
-    meta = (
-        {"num_shards": 1, "output_stored": True, "vocabulary_parallel": vocabulary_parallel} | meta | {"params": params}
-    )
+    meta = {"num_shards": 1, "output_stored": True}
+    meta["vocabulary_parallel"] = config.tie_word_embeddings or stated.rope_parameters["rope_theta"] == 500000
+    meta |= former | {"params": params}
     meta["num_shards"] = args.num_shards or meta["num_shards"]
     weights = list_weights(stated, meta["vocabulary_parallel"])[: None if meta["output_stored"] else -1]
-    check_division(stated, weights, meta["num_shards"])
+    check_division(stated, weights, meta["num_shards"], "choose another --num_shards")
 
     tensors, names = hf_tensors(folder), {weight.hf for weight in weights}
     unknown = {name for name in tensors if name != "lm_head.weight" and "rotary_emb" not in name} - names
@@ -390,14 +465,15 @@ def check_hf(args: Arguments) -> Plan:
     for weight in weights:
         with safe_open(tensors[weight.hf], framework="pt") as file:
             part = file.get_slice(weight.hf)
-            if tuple(part.get_shape()) != weight.shape:
-                raise ValueError(f"{weight.hf} is {part.get_shape()}, not {list(weight.shape)} as config.json makes it")
-            if part[:1].dtype not in CODES:
-                raise ValueError(f"{weight.hf} is {part[:1].dtype}; quantized weights are not converted")
-            dtypes[weight.meta] = DTYPES.get(args.dtype, part[:1].dtype)
+            shape, dtype = part.get_shape(), part[:1].dtype
+        if tuple(shape) != weight.shape:
+            raise ValueError(f"{weight.hf} is {shape}, not {list(weight.shape)} as config.json makes it")
+        if dtype not in CODES:
+            raise ValueError(f"{weight.hf} is {dtype}; quantized weights are not converted")
+        dtypes[weight.meta] = DTYPES.get(args.dtype, dtype)
     tokenizer, path = None, folder / "tokenizer.model"
     if path.is_file():
-        tokenizer = read_tokenizer(path, stated.rope_parameters["rope_type"] == "llama3", False)
+        tokenizer = read_tokenizer(path, stated.rope_parameters["rope_type"] == "llama3", instruct=False)
         check_ids(config, tokenizer)
         if tokenizer.size != config.vocab_size:
             sizes = f"{tokenizer.size} tokens, the embedding {config.vocab_size}"
@@ -405,10 +481,33 @@ def check_hf(args: Arguments) -> Plan:
     return Plan(tokenizer, stated, weights, dtypes, None, meta)
 
 
+def read_former_meta(folder: Path) -> dict:
+    """What Meta's folder had, if this one was made from it."""
+    path = folder / "conversion_report.json"
+    if not path.is_file():
+        return {}
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))["meta"]
+        complete = not meta or isinstance(meta["params"], dict) and type(meta["num_shards"]) is int
+    except (ValueError, TypeError, KeyError):
+        complete = False
+    if not complete:
+        raise ValueError("conversion_report.json is damaged; delete it, and state --num_shards")
+    return meta
+
+
 def hf_tensors(folder: Path) -> dict[str, Path]:
-    """The file of each tensor."""
-    tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    """The file of each tensor, from the files that transformers would load."""
+    paths, tensors, index = [folder / "model.safetensors"], {}, folder / "model.safetensors.index.json"
+    if not paths[0].is_file():
+        if not index.is_file():
+            raise FileNotFoundError("no model.safetensors in it; save the model in that format first")
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{index.name} is damaged; save the model again") from None
+        paths = [folder / name for name in sorted(set(names))]
+    for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
                 tensors |= dict.fromkeys(file.keys(), path)
@@ -567,14 +666,20 @@ class TokenizerFile:
     encode: object
     names: dict[str, str]  # bos_token, eos_token and perhaps unk_token and pad_token
     stops: list[str]  # tokens that end an answer
+    whole: list[str] = field(default_factory=list)  # pieces that SentencePiece never cuts
     chat_template: str | None = None
 
     def ids(self) -> dict:
         """As configurations have them: eos_token_id is a list where several tokens end an answer."""
-        bos, pad, *stops = map(
-            self.tokenizer.token_to_id, (self.names["bos_token"], self.names.get("pad_token", ""), *self.stops)
-        )
-        return {"bos_token_id": bos, "eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": pad}
+        stops = [self.id_of(token) for token in self.stops]
+        return {
+            "bos_token_id": self.id_of(self.names["bos_token"]),
+            "eos_token_id": stops if len(stops) > 1 else stops[0],
+            "pad_token_id": self.id_of(self.names.get("pad_token", "")),
+        }
+
+    def id_of(self, token: str) -> int | None:
+        return self.tokenizer.token_to_id(token)
 
 
 def read_tokenizer(path: Path, newer: bool, instruct: bool) -> TokenizerFile:
@@ -596,18 +701,32 @@ def read_sentencepiece(path: Path, model, reader) -> TokenizerFile:
     changed = rules.precompiled_charsmap or rules.remove_extra_whitespaces or not rules.add_dummy_prefix
     if changed or model.trainer_spec.model_type != model.trainer_spec.BPE or not model.trainer_spec.byte_fallback:
         raise ValueError("LLaMA's is a BPE with byte fallback that leaves the text as it is")
-    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == kinds.NORMAL}
-    names = {"bos_token": reader.bos_id(), "eos_token": reader.eos_id(), "unk_token": reader.unk_id()}
-    names = {name: reader.id_to_piece(i) for name, i in (names | {"pad_token": reader.pad_id()}).items() if i >= 0}
+    ids = {"bos_token": reader.bos_id(), "eos_token": reader.eos_id()}
+    ids |= {"unk_token": reader.unk_id(), "pad_token": reader.pad_id()}
+    names = {name: reader.id_to_piece(i) for name, i in ids.items() if i >= 0}
     vocabulary = {piece.piece: i for i, piece in enumerate(model.pieces)}
-    merges, unknown = find_merges(sorted(scores, key=lambda piece: -scores[piece])), names["unk_token"]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == kinds.NORMAL}
+    whole = [piece.piece for piece in model.pieces if piece.type == kinds.USER_DEFINED]
+    special = [piece.piece for piece in model.pieces if piece.type in (kinds.UNKNOWN, kinds.CONTROL)]
+
+    bpe = models.BPE(
+        vocabulary,
+        find_merges(sorted(scores, key=lambda piece: -scores[piece])),
+        unk_token=names["unk_token"],
+        fuse_unk=True,
+        byte_fallback=True,
+        ignore_merges=bool(whole),
+    )
+    tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if whole:
+        longest_first = "|".join(map(re.escape, sorted(whole, key=len, reverse=True)))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), "isolated")
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
-    special = (kinds.UNKNOWN, kinds.CONTROL, kinds.USER_DEFINED)
-    add_special_tokens(tokenizer, [p.piece for p in model.pieces if p.type in special], names["bos_token"])
-    return TokenizerFile(path, "sentencepiece", len(vocabulary), tokenizer, reader.encode, names, [names["eos_token"]])
+    add_special_tokens(tokenizer, special, names["bos_token"])
+    stops = [names["eos_token"]]
+    return TokenizerFile(path, "sentencepiece", len(vocabulary), tokenizer, reader.encode, names, stops, whole)
 
 
 def read_tiktoken(path: Path, content: bytes, newer: bool, instruct: bool) -> TokenizerFile:
@@ -635,7 +754,7 @@ def read_tiktoken(path: Path, content: bytes, newer: bool, instruct: bool) -> To
     names |= {"pad_token": "<|finetune_right_pad_id|>"} if newer else {}
     stops = [special[1], *(["<|eom_id|>"] if newer else []), "<|eot_id|>"] if instruct else [special[1]]
     encode, template = lambda text: encode_by_ranks(text, ranks), CHAT_TEMPLATE if instruct else None
-    return TokenizerFile(path, "tiktoken", len(ranks) + 256, tokenizer, encode, names, stops, template)
+    return TokenizerFile(path, "tiktoken", len(ranks) + 256, tokenizer, encode, names, stops, [], template)
 
 
 def find_merges(pieces: list[str]) -> list[tuple[str, str]]:
@@ -675,45 +794,47 @@ def write_tokenizer(plan: Plan, folder: Path) -> dict:
     Raises:
         ValueError: a text has other ids, or the ids of BOS, EOS and PAD are not the same everywhere.
     """
-    source = plan.tokenizer
+    source, ids = plan.tokenizer, plan.tokenizer.ids()
     source.tokenizer.save(str(folder / "tokenizer.json"))
     shutil.copyfile(source.path, folder / "tokenizer.model")  # for the way back
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **source.names, "clean_up_tokenization_spaces": False}
-    settings |= {"model_input_names": ["input_ids", "attention_mask"]}
-    settings |= {"chat_template": source.chat_template} if source.chat_template else {}
-    settings |= {"model_max_length": plan.config.max_position_embeddings} if plan.config else {}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        **source.names,
+    }
+    if source.chat_template:
+        settings["chat_template"] = source.chat_template
+    if plan.config:
+        settings["model_max_length"] = plan.config.max_position_embeddings
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
-    written, ids, dice = AutoTokenizer.from_pretrained(folder), source.ids(), random.Random(0)
-    texts = ["", " a", "  a", "a  b ", "\n\n a\t", "3.14159 x10", "\x00\x1c\x7f", "def f():\n    return"]
-    letters = [
-        *"abcdefgh ETAOIN 0123456789 .,'!?\n\t",
-        "  ",
-        " the",
-        "ing",
-        "'ll",
-        "中",
-        "的",
-        "é",
-        "🙂",
-        "\x1c",
-        "\u3000",
-    ]
-    texts += ["".join(dice.choices(letters, k=dice.randint(1, 40))) for _ in range(500)]
-    texts += ["".join(chr(dice.randint(1, 0xD7FF)) for _ in range(dice.randint(1, 10))) for _ in range(100)]
+    written, texts = AutoTokenizer.from_pretrained(folder), sample_texts(source.whole)
     for text in texts:
-        if (encoded := written(text).input_ids) != (expected := [ids["bos_token_id"], *source.encode(text)]):
-            raise ValueError(f"the tokenizer gives {text!r} the ids {encoded}, and {source.path} {expected}")
-    for config in (AutoConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)) if plan.config else ():
-        check_ids(config, source)
-    eos = source.tokenizer.token_to_id(source.names["eos_token"])
-    if [written.bos_token_id, written.eos_token_id, written.pad_token_id] != [
-        ids["bos_token_id"],
-        eos,
-        ids["pad_token_id"],
-    ]:
-        raise ValueError(f"the tokenizer as written has other ids than {ids}")
+        found, expected = written(text).input_ids, [ids["bos_token_id"], *source.encode(text)]
+        if found != expected:
+            raise ValueError(f"the tokenizer gives {text!r} the ids {found}, and {source.path} {expected}")
+    expected = {"bos": ids["bos_token_id"], "eos": source.id_of(source.names["eos_token"]), "pad": ids["pad_token_id"]}
+    found = {"bos": written.bos_token_id, "eos": written.eos_token_id, "pad": written.pad_token_id}
+    if found != expected:
+        raise ValueError(f"the tokenizer as written has the ids {found}, and {source.path} {expected}")
+    if plan.config:
+        check_ids(AutoConfig.from_pretrained(folder), source)
+        check_ids(GenerationConfig.from_pretrained(folder), source)
     return {"kind": source.kind, "size": source.size, **ids, "texts_with_equal_ids": len(texts)}
+
+
+def sample_texts(pieces: list[str]) -> list[str]:
+    """Texts that tokenizers differ on: spaces, digits, control characters, other scripts; the same ones every time."""
+    dice = random.Random(0)
+    texts = ["", " a", "  a", "a  b ", "\n\n a\t", "3.14159 x10", "\x00\x1c\x7f", "def f():\n    return"]
+    letters = [*"abcdefgh ETAOIN 0123456789 .,'!?\n\t中的é🙂\x1c\u3000", "  ", " the", "ing", "'ll"]
+    letters += [piece.replace("▁", " ") for piece in pieces]
+    for _ in range(500):
+        texts.append("".join(dice.choices(letters, k=dice.randint(1, 40))))
+    for _ in range(100):
+        texts.append("".join(chr(dice.randint(1, 0xD7FF)) for _ in range(dice.randint(1, 10))))
+    return texts
 
 
 def check_ids(config, source: TokenizerFile) -> None:
@@ -867,23 +988,32 @@ def converted_states(config, tensors: dict[str, Path], ids, positions, dtype: to
 
 def convert(args: Arguments, plan: Plan, folder: Path) -> None:
     """Writes all files into `folder`, the report last."""
-    started, source, verified = time.perf_counter(), Path(args.input_dir), args.verify and bool(plan.weights)
+    started, seconds, source = time.perf_counter(), {}, Path(args.input_dir)
+
+    def note_seconds(step: str) -> None:
+        seconds[step] = time.perf_counter() - started - sum(seconds.values())
+
+    verified = args.verify and bool(plan.weights)
     report = {"arguments": asdict(args), "verified": verified, "meta": plan.meta}
-    total = sum(map(plan.num_bytes, plan.weights))
-    with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not total) as progress:
-        if args.to_meta:
-            write_meta(plan, source, folder, progress)
-        elif plan.weights:
-            write_hf(plan, folder, parse_size(args.max_shard_size), progress)
-    report["seconds_writing"] = time.perf_counter() - started
+    if plan.weights:
+        total = sum(map(plan.num_bytes, plan.weights))
+        with tqdm(total=total, desc="writing", unit="B", unit_scale=True) as progress:
+            if args.to_meta:
+                write_meta(plan, source, folder, progress)
+            else:
+                write_hf(plan, folder, parse_size(args.max_shard_size), progress)
+        note_seconds("writing")
     if not args.to_meta:
         report["tokenizer"] = write_tokenizer(plan, folder)
+        note_seconds("tokenizer")
     if verified:
         shards = open_shards(folder) if args.to_meta else plan.shards
         report["verification"] = verify(plan, shards, source if args.to_meta else folder)
-        inputs = hash_files([*source.iterdir(), *([plan.tokenizer.path] if plan.tokenizer else [])])
-        report["sha256"] = {"inputs": inputs, "outputs": hash_files(folder.iterdir())}
-    report["seconds"] = time.perf_counter() - started
+        note_seconds("verifying")
+        inputs = [*source.iterdir(), *([plan.tokenizer.path] if plan.tokenizer else [])]
+        report["sha256"] = {"inputs": hash_files(inputs), "outputs": hash_files(folder.iterdir())}
+        note_seconds("hashing")
+    report["seconds"] = seconds
     report["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     report["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     (folder / "conversion_report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -918,6 +1048,13 @@ def main() -> None:
     except (ValueError, OSError) as problem:
         sys.exit(f"error: {problem}; nothing was written")
     print(f"{args.output_dir}: complete; conversion_report.json says how it was verified")
+    if plan.tokenizer is None:
+        print("--input_dir has no tokenizer.model, so the result has none; Meta's code needs it, copy it there")
+    elif plan.tokenizer.kind == "tiktoken" and not args.to_meta:
+        with_or_without = "with" if plan.tokenizer.chat_template else "without"
+        print(
+            f"the tokenizer is {with_or_without} chat template and stop ids of Instruct; --instruct decides otherwise"
+        )
 
 
 if __name__ == "__main__":

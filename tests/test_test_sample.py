@@ -31,32 +31,69 @@ def load_program(path):
 tokenize_dataset = load_program(ROOT / "data_sample" / "tokenize_dataset.py")
 
 
-@pytest.mark.parametrize("chat", [False, True])
-@pytest.mark.parametrize("format", ["mcq", "alpaca"])
-def test_the_prompt_has_the_ids_of_training_and_not_the_answer(chat, format, tmp_path):
-    """With BOS once, though the tokenizer, the template or nobody may write it."""
-    rows = QUESTIONS if format == "mcq" else json.loads((ROOT / "data_sample" / "instruct_zh_en.json").read_text())[:9]
+CONVERSATION = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "红眼?"},
+        {"role": "assistant", "content": "Ophthalmology"},
+        {"role": "user", "content": "And a cough?"},
+        {"role": "assistant", "content": "Pulmonology"},
+    ]
+}
+SHAREGPT = {"system": "Be brief.", "conversations": [{"from": "human", "value": "Red eye?"},
+                                                     {"from": "gpt", "value": "Ophthalmology"}]}  # fmt: skip
+WITH_HISTORY = {"instruction": "And a cough?", "output": "Pulmonology", "system": "Be brief.",
+                "history": [["Red eye?", "Ophthalmology"]]}  # fmt: skip
+ROWS = {
+    "mcq": QUESTIONS,
+    "alpaca": [*json.loads((ROOT / "data_sample" / "instruct_zh_en.json").read_text())[:9], WITH_HISTORY],
+    "chat": [CONVERSATION, SHAREGPT],
+    "text": [{"text": "<s> in a page of HTML. 你好"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("format", "chat"),
+    [(format, chat) for format in ROWS for chat in (False, True) if (format, chat) != ("chat", False)],
+)
+def test_the_prompt_has_the_ids_of_training_and_not_the_answer(chat, format):
+    """Compared with the very rows that tokenize_dataset.py writes. BOS once, whoever may write it."""
     for with_bos, template_text in ((True, CHAT_TEMPLATE), (False, CHAT_TEMPLATE), (True, "<s>" + CHAT_TEMPLATE)):
         tokenizer = make_tokenizer(with_bos)
         tokenizer.chat_template = template_text if chat else None
-        args = tokenize_dataset.Arguments(format=format)
+        args = tokenize_dataset.Arguments(format=format, max_length=100_000)
         template = tokenize_dataset.make_template(args, chat)
-        for row in rows:
-            answer = tokenize_dataset.render_answers(row, template)[0]
-            rendered = tokenize_dataset.render_prompt(row, template)
-            texts = tokenize_dataset.apply_template(tokenizer, rendered, answer, chat)
-            trained, _ = tokenize_dataset.encode(tokenizer, *texts, with_bos)
-            ids = test_sample.encode_prompt(tokenizer, test_sample.render_prompt(row, template), chat)
-            assert ids == trained
-            assert ids.count(tokenizer.bos_token_id) == (1 if with_bos or (chat and "<s>" in template_text) else 0)
-            if format == "alpaca":
-                assert answer not in tokenizer.decode(ids)
+        lines = [(0, i, json.dumps(row).encode()) for i, row in enumerate(ROWS[format], 1)]
+        made = tokenize_dataset.Tokenization(args, make_copy(tokenizer), template, ["rows.jsonl"])(lines)[0]["train"]
+        trained = made.to_pydict()
+        for number, row in enumerate(ROWS[format]):
+            ids = test_sample.encode_prompt(tokenizer, test_sample.read_messages(row, template), template)
+            training_ids = trained["input_ids"][number]
+            if format == "text":
+                assert ids == [id for id in training_ids if id != tokenizer.eos_token_id]
+            else:
+                assert ids == training_ids[: len(ids)]
+                labels = trained["labels"][number]
+                target_ids = [id for id in labels[len(ids) :] if id != -100]
+                answer = test_sample.expected_answer(row, template)
+                assert tokenizer.decode(target_ids).removesuffix("</s>").strip() == answer
+                assert labels[len(ids) - 1] == -100 and labels[len(ids)] != -100
+            assert ids.count(tokenizer.bos_token_id) == (1 if with_bos or (chat and "<s>" in template_text) else 0) or (
+                format == "text"
+            )
+
+
+def make_copy(tokenizer):
+    """tokenize_dataset.py switches the recognition of special tokens off for documents, in its own tokenizer."""
+    import copy
+
+    return copy.deepcopy(tokenizer)
 
 
 def test_the_label_does_not_change_the_prompt():
     template = tokenize_dataset.make_template(tokenize_dataset.Arguments(), False)
-    prompts = {test_sample.render_prompt(QUESTIONS[0] | {"label": label}, template) for label in range(4)}
-    assert len(prompts) == 1
+    rows = [QUESTIONS[0] | {"label": label} for label in range(4)]
+    assert len({test_sample.render_prompt(row, template) for row in rows}) == 1
 
 
 def test_the_same_tokens_in_any_batch_size(tmp_path):
@@ -146,7 +183,194 @@ def test_mistakes_are_reported_together(workplace, monkeypatch):
     assert "--nonsense" in stop_message(monkeypatch, "--nonsense", 1)
 
 
+def save_adapter(mode: str, model_path, folder, seed: int = 0):
+    """An adapter of random weights with its tokenizer, as a run leaves it."""
+    import peft
+
+    virtual = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 5}
+    config = {
+        "lora": lambda: peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False),
+        "prefix": lambda: peft.PrefixTuningConfig(**virtual),
+        "ptuning": lambda: peft.PromptEncoderConfig(encoder_hidden_size=16, **virtual),
+        "prompt": lambda: peft.PromptTuningConfig(**virtual),
+    }[mode]()
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    model = peft.get_peft_model(base, config)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    make_tokenizer().save_pretrained(folder)
+    return model.eval()
+
+
+def run_main(monkeypatch, capsys, *flags) -> str:
+    monkeypatch.setattr(sys, "argv", ["test_sample.py", *map(str, flags)])
+    test_sample.main()
+    return capsys.readouterr().out
+
+
 @pytest.mark.parametrize("mode", ["lora", "prefix", "ptuning", "prompt"])
+def test_adapters_answer_the_same_in_any_batch_size(mode, tiny_model, tmp_path):
+    model = save_adapter(mode, tiny_model, tmp_path / "adapter")
+    tokenizer = make_tokenizer()
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in (4, 9, 4, 6, 9, 4)]
+    answers = []
+    for size in (1, 4):
+        args = test_sample.Arguments(per_device_eval_batch_size=size, max_new_tokens=12)
+        answers.append([ids for window in test_sample.generate_all(args, model, tokenizer, prompts) for ids in window])
+    assert answers[0] == answers[1]
+    sizes = [len(batch) for batch in test_sample.make_batches([4, 9, 4, 6, 9, 4], 2, True)]
+    assert sizes == [2, 1, 2, 1]  # nothing is padded
+
+
+def test_a_file_of_answers_is_in_order_and_goes_on_after_a_kill(workplace, monkeypatch, capsys):
+    """Cut within a line and within a window: the resumed file is byte for byte the uninterrupted one, drawn or not."""
+    monkeypatch.setattr(test_sample, "WINDOW_BATCHES", 1)
+    save_tiny_model(workplace / "models" / "tiny")
+    flags = ["--model_path", "models/tiny", "--num_samples", 11, "--per_device_eval_batch_size", 3]
+    flags += ["--max_new_tokens", 6, "--output", "out/answers.jsonl"]
+    for sampling in ([], ["--do_sample", "True", "--temperature", 1.5, "--top_k", 50]):
+        run_main(monkeypatch, capsys, *flags, *sampling)
+        whole = (workplace / "out" / "answers.jsonl").read_bytes()
+        rows = [json.loads(line) for line in whole.splitlines()]
+        assert [row["index"] for row in rows] == list(range(11))
+        assert rows[3]["expected"] == QUESTIONS[3][f"ending{QUESTIONS[3]['label']}"]
+        assert all(QUESTIONS[i]["sent1"] in rows[i]["prompt"] for i in range(6))
+        assert "it exists" in stop_message(monkeypatch, *flags, *sampling)
+        for kept in (len(whole) * 5 // 8, len(whole), 0):
+            (workplace / "out" / "answers.jsonl").write_bytes(whole[:kept])
+            run_main(monkeypatch, capsys, *flags, *sampling, "--resume", "True")
+            assert (workplace / "out" / "answers.jsonl").read_bytes() == whole
+        message = stop_message(monkeypatch, *flags, *sampling, "--resume", "True", "--max_new_tokens", 7)
+        assert "other flags" in message
+        (workplace / "out" / "answers.jsonl").unlink()
+
+
+def test_a_prompt_stdin_and_two_models_side_by_side(workplace, monkeypatch, capsys, tmp_path):
+    import io
+
+    save_tiny_model(workplace / "models" / "tiny")
+    save_adapter("lora", workplace / "models" / "tiny", workplace / "adapter")
+    flags = ["--peft_path", "adapter", "--max_new_tokens", 8]
+    printed = run_main(monkeypatch, capsys, *flags, "--prompt", "Red eye?")
+    assert "--- 1\nRed eye?" in printed and "expected: not given" in printed
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Red eye?"))
+    assert run_main(monkeypatch, capsys, *flags, "--prompt", "-") == printed
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(row) + "\n" for row in QUESTIONS[:2])))
+    printed = run_main(monkeypatch, capsys, *flags, "--test_path", "-", "--compare", "models/tiny")
+    alone = run_main(monkeypatch, capsys, "--model_path", "models/tiny", "--max_new_tokens", 8, "--num_samples", 2)
+    answers = [part.split("\nexpected:")[0] for part in alone.split("answer:   ")[1:]]
+    assert len(answers) == 2
+    for answer in answers:
+        assert f"models/tiny: {answer}\nanswer:" in printed
+        assert f"answer:   {answer}\n" not in printed  # the adapter changes it
+
+
+def test_a_conversation_is_rendered_as_in_training(workplace, monkeypatch, capsys):
+    """Commands, the history in the prompt, and a saved file that tokenize_dataset.py reads."""
+    import io
+
+    folder = save_tiny_model(workplace / "models" / "tiny")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    typed = ["/system Be brief.", "Red eye?", "/reset", "/save kept.jsonl", "Cough?", "And?", "/save kept.jsonl",
+             "/nonsense", "x" * 400, "/quit", "never read"]  # fmt: skip
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed)))
+    printed = run_main(monkeypatch, capsys, "--model_path", "models/tiny", "--chat", "True", "--max_new_tokens", 8)
+    assert "/reset begins anew" in printed and printed.count("/reset         forget") == 2
+    first, last = [json.loads(line)["messages"] for line in (workplace / "kept.jsonl").read_text().splitlines()]
+    assert first == [{"role": "system", "content": "Be brief."}]
+    assert [message["role"] for message in last] == ["system", "user", "assistant", "user", "assistant"]
+    assert [message["content"] for message in last[1::2]] == ["Cough?", "And?"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = tokenizer(tokenizer.apply_chat_template(last[:4], tokenize=False, add_generation_prompt=True)).input_ids
+    answer = tokenizer.decode(test_sample.generate(model, tokenizer, [ids], 8)[0], skip_special_tokens=True)
+    assert last[4]["content"] == answer.rstrip("\ufffd") and answer.rstrip("\ufffd") in printed
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program(tmp_path):
+    import signal
+    import subprocess
+
+    folder = save_tiny_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    command = [sys.executable, "test_sample.py", "--model_path", folder, "--chat", "True", "--max_new_tokens", "8000"]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.stdin.write("endless\n")
+    process.stdin.flush()
+    while not process.stdout.readline().startswith("/quit"):
+        assert process.poll() is None
+    assert process.stdout.read(5)  # it answers
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(f"/save {tmp_path}/kept.jsonl\n")
+    assert "[stopped]" in rest and "2 messages appended" in rest and process.returncode == 0
+    (messages,) = [json.loads(line)["messages"] for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert messages[0] == {"role": "user", "content": "endless"} and messages[1]["content"]
+
+
+@pytest.mark.parametrize("mode", ["lora", "prefix", "ptuning", "prompt"])
+def test_an_adapter_that_does_not_fit_is_refused_by_both_names(mode, workplace, monkeypatch, capsys):
+    """Another size, another vocabulary, a truncated file, a pickle: one message each, before weights are loaded."""
+    tiny = save_tiny_model(workplace / "models" / "tiny")
+    save_adapter(mode, tiny, workplace / "adapter")
+    assert "adapter adapter" in run_main(monkeypatch, capsys, "--peft_path", "adapter", "--num_samples", 1,
+                                         "--max_new_tokens", 2)  # fmt: skip
+    other = save_tiny_model(workplace / "models" / "other")
+    config = json.loads((other / "config.json").read_text())
+    wider = config | {"hidden_size": 64, "num_hidden_layers": 3, "head_dim": 16, "num_attention_heads": 8}
+    (other / "config.json").write_text(json.dumps(wider))
+    message = stop_message(monkeypatch, "--peft_path", "adapter", "--model_path", "models/other")
+    assert "--peft_path adapter: its tensors do not fit --model_path models/other" in message and str(tiny) in message
+    (other / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    first, second = list(tokenizer["model"]["vocab"])[100:102]
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = stop_message(monkeypatch, "--peft_path", "adapter", "--model_path", "models/other")
+    assert "its vocabulary is not that of --model_path models/other" in message and str(tiny) in message
+
+    file = workplace / "adapter" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert "damaged" in stop_message(monkeypatch, "--peft_path", "adapter")
+    file.rename(file.with_name("adapter_model.bin"))
+    assert "no adapter_model.safetensors" in stop_message(monkeypatch, "--peft_path", "adapter")
+
+
+def test_an_adapter_that_was_never_trained_is_said_so(workplace, monkeypatch, capsys):
+    import peft
+
+    tiny = save_tiny_model(workplace / "models" / "tiny")
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM")).save_pretrained(workplace / "adapter")
+    monkeypatch.setattr(sys, "argv", ["x", "--peft_path", "adapter", "--num_samples", "1", "--max_new_tokens", "1"])
+    test_sample.main()
+    assert "was never trained: all its B matrices are zero" in capsys.readouterr().err
+
+
+def test_a_prompt_longer_than_the_context_is_an_error(workplace, monkeypatch):
+    save_tiny_model(workplace / "models" / "tiny")
+    message = stop_message(monkeypatch, "--model_path", "models/tiny", "--prompt", "a b " * 200)
+    assert "--prompt" in message and "more than the 256 that the model can attend to" in message
+    assert "without --do_sample True" in stop_message(monkeypatch, "--model_path", "models/tiny", "--top_p", 0.5)
+
+
+def test_a_mix_with_several_templates_asks_which(workplace, monkeypatch):
+    save_tiny_model(workplace / "models" / "tiny")
+    template = {"format": "mcq", "chat": False, "prompt": "{question}"}
+    templates = {f"set{i}": {"template": template | {"option": f"{i}. {{text}}"}} for i in range(2)}
+    receipt = {"dataset": {"mix": {}, "sets": templates}}
+    (workplace / "models" / "tiny" / "run.json").write_text(json.dumps(receipt))
+    assert "ledger.json of one of set0, set1" in stop_message(monkeypatch, "--model_path", "models/tiny")
+
+
+OTHER_MODES = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("prefix", "ptuning", "prompt")]
+
+
+@pytest.mark.parametrize("mode", ["lora", *OTHER_MODES])
 def test_the_newest_adapter_answers_with_the_template_of_its_run(mode, tmp_path):
     """From raw rows to an answer, every step a program that a user starts; the run's own template is used."""
     model = save_tiny_model(tmp_path / "model")

@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -110,7 +111,8 @@ def run_main(script: str, flags: list[str], environment: dict, log: Path, probe=
     if probe:
         probe(module, *context)
     module.main()
-    data_collator.leave()
+    if "trainer" in script:
+        data_collator.leave()
 
 
 class Runs:
@@ -391,6 +393,28 @@ def test_a_weight_that_was_not_written_as_trained_is_noticed(tmp_path):
     save_file({"a": trained["a"]}, tmp_path / "model.safetensors")
     with pytest.raises(OSError, match="b, c was not saved"):
         data_collator.verify(tmp_path, trained)
+
+
+@pytest.mark.parametrize("strategy", ["FSDP2+LoRA", *map(slow, ("FSDP2", "ZeRO-2", "ZeRO-3", "ZeRO-3+LoRA"))])
+def test_passages_and_a_mix_are_drawn_alike_by_every_strategy_and_after_resuming(strategy, runs, tmp_path):
+    """Papers and instructions, two of them for one; the second epoch's passages are others than the first's."""
+    papers = [{"input_ids": [(7 * i + j) % 297 + 3 for j in range(20 + 9 * i)]} for i in range(12)]
+    mix = f"{save_rows(papers, tmp_path / 'papers')}:2,{runs.parts['rows']}:1"
+    flags = ["--dataset_path", mix, "--random_passage", "True", "--passage_length", 24, "--max_steps", 6]
+    flags += ["--save_steps", 4, *(MODES["lora"] if "LoRA" in strategy else [])]
+    plain = "plain PEFT" if "LoRA" in strategy else "plain"
+    runs.train(plain, 1, tmp_path / "plain", *flags, "--per_device_train_batch_size", 8)
+    runs.train(strategy, 2, tmp_path / "out", *flags)  # three steps an epoch, whose last one is short
+    expected, found = history_of(tmp_path / "plain"), history_of(tmp_path / "out")
+    assert losses_of(tmp_path / "out") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-5)
+    seen = [[row["num_input_tokens_seen"] for row in history] for history in (expected, found)]
+    assert seen[0] == seen[1] and seen[0][-1] < 12 * 24 * 2 + 12 * 60
+    shutil.copytree(tmp_path / "out" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    runs.train(strategy, 2, tmp_path / "resumed", *flags, "--resume_from_checkpoint", "True")
+    assert_identical(tmp_path / "resumed", tmp_path / "out")
+    other = [*flags, "--passage_length", 25, "--resume_from_checkpoint", "True"]
+    refused = runs.train(strategy, 2, tmp_path / "resumed", *other, check=False)
+    assert "belongs to a run with {'passage_length': 24}" in refused.output and set(refused.codes) == {1}
 
 
 # --- Inside a run: sharding, memory, precision --------------------------------------------------------------------

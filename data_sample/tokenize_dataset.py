@@ -26,6 +26,7 @@ the number of workers.
 
 import csv
 import ctypes
+import gc
 import glob
 import gzip
 import hashlib
@@ -44,6 +45,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from importlib.util import find_spec
 from itertools import chain, pairwise
 from multiprocessing import get_context
@@ -223,6 +225,7 @@ def existing_parent(path: Path) -> Path:
 # -------------------------------------------------------------------------------------------------------------------
 
 
+@lru_cache
 def kind(path: str) -> str:
     """`.jsonl` for corpus/part-1.jsonl.zst, and for stdin."""
     return ".jsonl" if path == "-" else Path(path.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
@@ -556,7 +559,7 @@ def adds_bos(tokenizer) -> bool:
 
 def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
     if tokenizer.is_fast:  # without the masks and checks of tokenizer(texts), which take longer than the ids
-        return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return [e.ids for e in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
     return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
 
 
@@ -595,8 +598,8 @@ def encode(tokenizer, prompt: str, completion: str, with_bos: bool) -> tuple[lis
 
 
 def language(text: str) -> str:
-    """The first script that has a fifth of the letters in a sample of 200 characters."""
-    sample = text[:: len(text) // 200 + 1]
+    """The first script that has a fifth of the letters in a sample of at most 100 characters."""
+    sample = text[:: len(text) // 100 + 1]
     num_latin = len(LATIN.findall(sample))
     if not sample.isascii():
         counts = {name: len(letters.findall(sample)) for name, letters in SCRIPTS.items()}
@@ -610,8 +613,7 @@ def language(text: str) -> str:
 class Row:
     """A row on its way from the file to its ids."""
 
-    where: str  # for messages
-    place: tuple[int, int]  # index of the file, and number in it
+    place: tuple[int, int]  # index of the file, and number of the line or row in it
     conversations: list[list[dict]]  # with the right answer; then with each wrong one, where options are kept
     answer: str
     pieces: list[tuple[str, bool]] = field(default_factory=list)  # texts that follow one another; is it a target?
@@ -645,8 +647,8 @@ class Tokenization:
             backend.encode_special_tokens = args.format == "text"
         # A token that is not text by itself is a byte or so of a character that the vocabulary lacks.
         ids = [[number] for number in range(max(tokenizer.get_vocab().values()) + 1)]
-        texts = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
-        self.is_fragment = np.array(["\ufffd" in text for text in texts])
+        decode = tokenizer.backend_tokenizer.decode_batch if tokenizer.is_fast else tokenizer.batch_decode
+        self.is_fragment = np.array(["\ufffd" in text for text in decode(ids)])
 
     def __call__(self, chunk: list) -> tuple[dict[str, pa.RecordBatch], Counter, list[str]]:
         figures, complaints, rows = Counter(), [], []
@@ -654,9 +656,9 @@ class Tokenization:
             try:
                 row = parse(raw, self.files[file])
                 check_row(row, self.args.format)
-                rows.append(self.make_row(row, self.where(file, number), (file, number)))
+                rows.append(self.make_row(row, (file, number)))
             except ValueError as problem:
-                complaints.append(f"{self.where(file, number)}: {problem}")
+                complaints.append(f"{self.where((file, number))}: {problem}")
         rows = self.render(rows, complaints)
         if complaints and self.args.on_bad_row == "error":
             raise ValueError(f"{complaints[0]}\n--on_bad_row skip goes on without such rows, and counts them")
@@ -664,22 +666,23 @@ class Tokenization:
         figures["rows", "broken"] += len(complaints)
         return self.tokenize(rows, figures), figures, complaints
 
-    def where(self, file: int, number: int) -> str:
+    def where(self, place: tuple[int, int]) -> str:
+        file, number = place
         path = "stdin" if self.files[file] == "-" else self.files[file]
         if kind(path) == ".txt":
             return path
         return f"{path}, {'row' if kind(path) in ('.json', '.parquet') else 'line'} {number}"
 
-    def make_row(self, raw: dict, where: str, place: tuple[int, int]) -> Row:
+    def make_row(self, raw: dict, place: tuple[int, int]) -> Row:
         if self.args.format == "text":
-            return Row(where, place, [[{"role": "document", "content": raw["text"]}]], raw["text"])
+            return Row(place, [[{"role": "document", "content": raw["text"]}]], raw["text"])
         if self.args.format == "chat":
             messages = read_messages(raw)
-            return Row(where, place, [messages], messages[-1]["content"])
+            return Row(place, [messages], messages[-1]["content"])
         prompt, answers = render_messages(raw, self.template), render_answers(raw, self.template)
         answers = answers if self.with_options else answers[:1]
         conversations = [[*prompt, {"role": "assistant", "content": answer}] for answer in answers]
-        return Row(where, place, conversations, answers[0])
+        return Row(place, conversations, answers[0])
 
     def render(self, rows: list[Row], complaints: list[str]) -> list[Row]:
         """Gives the rows their texts. Returns those that the chat template could render; others become complaints."""
@@ -694,7 +697,7 @@ class Tokenization:
                     self.render_conversations([row])
                     good_rows.append(row)
                 except (ValueError, TemplateError) as problem:
-                    complaints.append(f"{row.where}: {problem}")
+                    complaints.append(f"{self.where(row.place)}: {problem}")
             rows, rendered = good_rows, self.render_conversations(good_rows)
         rendered = iter(rendered)
         for row in rows:
@@ -791,7 +794,7 @@ class Tokenization:
         if length <= args.max_length or self.whole_documents:
             return "kept", [(start, end)]
         if args.on_long == "error":
-            raise ValueError(f"{row.where}: {length} tokens, --max_length is {args.max_length}; raise it, or choose "
+            raise ValueError(f"{self.where(row.place)}: {length} tokens, above --max_length; raise it, or choose "
                              "--on_long drop, truncate or split")  # fmt: skip
         if args.on_long == "drop":
             return "too_long", []
@@ -1162,6 +1165,7 @@ def build(args: Arguments, tokenizer) -> dict[str, dict]:
     """Makes the folder of each split, or nothing at all, and returns their ledgers."""
     template = make_template(args, chat=tokenizer.chat_template is not None)
     files, others = list_files(args)
+    gc.freeze()  # what the imports made is not searched for garbage again and again
     facts = describe_input(args, tokenizer, template, files, others)
     outputs, ledgers = output_folders(args), {}
     parent = existing_parent(outputs["train"])  # on the same disk, so that renaming is one step

@@ -71,9 +71,7 @@ class Arguments:
     to_meta: bool = flag(False, "the other direction: from Hugging Face to Meta")
     num_shards: int | None = flag(None, "of --to_meta; default: as many as the model once had, else 1")
     rope_scaling_factor: float | None = flag(None, "of Llama 3.1 and later; default: 32 if the output is tied, else 8")
-    instruct: bool | None = flag(
-        None, "write Llama 3's chat template and stop ids; default: if the folder's name says so"
-    )
+    instruct: bool | None = flag(None, "with chat template and stop ids (Llama 3); default: as the folder's name says")
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -213,22 +211,14 @@ def check_arguments(args: Arguments) -> Plan:
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
     """
     output, part, plan = Path(args.output_dir).resolve(), incomplete_folder(args.output_dir), None
-    factor, num_shards = args.rope_scaling_factor, args.num_shards
+    factor, n = args.rope_scaling_factor, args.num_shards
     mistakes = [
         f"--{name} {getattr(args, name)}: {remedy}"
         for name, wrong, remedy in (
             ("dtype", args.dtype not in (*DTYPES, "auto"), f"must be one of {', '.join(DTYPES)}, auto"),
             ("max_shard_size", parse_size(args.max_shard_size) < 1, "write a size such as 5GB or 500MB"),
-            (
-                "num_shards",
-                num_shards is not None and (num_shards < 1 or not args.to_meta),
-                "at least 1; only with --to_meta",
-            ),
-            (
-                "rope_scaling_factor",
-                factor is not None and (factor < 1 or args.to_meta),
-                "at least 1; not with --to_meta",
-            ),
+            ("num_shards", n is not None and (n < 1 or not args.to_meta), "at least 1; only with --to_meta"),
+            ("rope_scaling_factor", factor is not None and (factor < 1 or args.to_meta), "at least 1; no --to_meta"),
             ("instruct", args.instruct is not None and args.to_meta, "not with --to_meta"),
             ("tokenizer_only", args.tokenizer_only and args.to_meta, "not with --to_meta"),
             ("output_dir", output.is_file() or output.is_dir() and any(output.iterdir()), "not empty; name another"),
@@ -300,6 +290,9 @@ def check_meta(args: Arguments) -> Plan:
     weights = list_weights(config, vocabulary_parallel)[: None if stored else -1]
     check_division(config, weights, n, "a shard is missing, or params.json is of another model")
     check_shards(weights, shards, config.head_dim)
+    if embedding.dtype == torch.bfloat16 and config.rms_norm_eps < 1e-5:
+        remedy = "Llama 2 was trained with 1e-05, and Meta corrected an early params.json that says otherwise"
+        print(f"warning: params.json states norm_eps {config.rms_norm_eps}: {remedy}", file=sys.stderr)
 
     dtypes = {weight.meta: DTYPES.get(args.dtype, shards[0][weight.meta].dtype) for weight in weights}
     config.dtype = name_of(dtypes["tok_embeddings.weight"])
@@ -521,6 +514,17 @@ def hf_tensors(folder: Path) -> dict[str, Path]:
 # -------------------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Copying is bound by memory: further threads wait for one another, above all where other programs run."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 def row_blocks(num_rows: int, num_columns: int, multiple: int) -> list[slice]:
     step = max(BLOCK_BYTES // (4 * num_columns) // multiple, 1) * multiple
     return [slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step)]
@@ -554,9 +558,8 @@ def joined_rows(weight: Weight, shards: list[dict[str, torch.Tensor]], head_dim:
 def divided_rows(weight: Weight, tensors: dict[str, Path], head_dim: int, num_shards: int):
     """Yields (shard, first row, rows) of all of Meta's pieces from Hugging Face's tensor."""
     size, copies = weight.piece_shape(num_shards)[0], num_shards // weight.num_parts(num_shards)
-    with safe_open(
-        tensors[weight.hf], framework="pt"
-    ) as file:  # one for each tensor: it maps what is read until closed
+    # The file is opened for each tensor anew, for it keeps in memory what was read until it is closed.
+    with safe_open(tensors[weight.hf], framework="pt") as file:
         whole = file.get_slice(weight.hf)
         for rows in row_blocks(size, math.prod(weight.shape[1:]), head_dim):
             columns = whole[rows].chunk(num_shards, 1) if weight.split == 1 else None
@@ -859,13 +862,9 @@ def verify(plan: Plan, shards: list[dict[str, torch.Tensor]], folder: Path) -> d
         ValueError: they disagree; the first weight or layer that does is named.
     """
     tensors, config, dtypes = hf_tensors(folder), AutoConfig.from_pretrained(folder), plan.dtypes
-    for weight in tqdm(plan.weights, desc="comparing values", unit="tensor"):
-        for i, first, rows in divided_rows(weight, tensors, plan.config.head_dim, len(shards)):
-            piece = shards[i][weight.meta]
-            same = piece[first : first + len(rows)].to(dtypes[weight.meta]), rows.to(dtypes[weight.meta])
-            if not torch.equal(*same):
-                raise ValueError(f"verification: {weight.hf} has not the values of {weight.meta} in shard {i}")
-            release(piece)
+    with one_thread():
+        for weight in tqdm(plan.weights, desc="comparing values", unit="tensor"):
+            compare_values(weight, shards, divided_rows(weight, tensors, plan.config.head_dim, len(shards)), dtypes)
     # Ids from the whole vocabulary; positions from the whole context, for scaled frequencies show far away only.
     ids = torch.tensor([config.bos_token_id, *(i * config.vocab_size // 31 for i in range(31))])
     positions = torch.cat([torch.arange(16), torch.linspace(16, config.max_position_embeddings - 1, 16).long()])
@@ -883,6 +882,15 @@ def verify(plan: Plan, shards: list[dict[str, torch.Tensor]], folder: Path) -> d
             found = f"{name} of the converted model differs by {relative:.2g} (allowed: {TOLERANCE:g})"
             raise ValueError(f"verification: {found} from the computation on Meta's shards")
     return facts
+
+
+def compare_values(weight: Weight, shards: list[dict[str, torch.Tensor]], pieces, dtypes: dict) -> None:
+    dtype = dtypes[weight.meta]
+    for i, first, rows in pieces:
+        stored = shards[i][weight.meta]
+        if not torch.equal(stored[first : first + len(rows)].to(dtype), rows.to(dtype)):
+            raise ValueError(f"verification: {weight.hf} has not the values of {weight.meta} in shard {i}")
+        release(stored)
 
 
 @torch.no_grad()
@@ -997,7 +1005,7 @@ def convert(args: Arguments, plan: Plan, folder: Path) -> None:
     report = {"arguments": asdict(args), "verified": verified, "meta": plan.meta}
     if plan.weights:
         total = sum(map(plan.num_bytes, plan.weights))
-        with tqdm(total=total, desc="writing", unit="B", unit_scale=True) as progress:
+        with one_thread(), tqdm(total=total, desc="writing", unit="B", unit_scale=True) as progress:
             if args.to_meta:
                 write_meta(plan, source, folder, progress)
             else:
@@ -1051,10 +1059,12 @@ def main() -> None:
     if plan.tokenizer is None:
         print("--input_dir has no tokenizer.model, so the result has none; Meta's code needs it, copy it there")
     elif plan.tokenizer.kind == "tiktoken" and not args.to_meta:
-        with_or_without = "with" if plan.tokenizer.chat_template else "without"
-        print(
-            f"the tokenizer is {with_or_without} chat template and stop ids of Instruct; --instruct decides otherwise"
-        )
+        if plan.tokenizer.chat_template:
+            print(
+                "the tokenizer has the chat template and stop ids of Instruct models; --instruct False for a base model"
+            )
+        else:
+            print("the tokenizer has no chat template, as for a base model; --instruct True for an Instruct model")
 
 
 if __name__ == "__main__":

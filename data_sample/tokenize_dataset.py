@@ -616,6 +616,7 @@ class Row:
     place: tuple[int, int]  # index of the file, and number of the line or row in it
     conversations: list[list[dict]]  # with the right answer; then with each wrong one, where options are kept
     answer: str
+    said: str  # what the file says, without templates: it tells the language
     pieces: list[tuple[str, bool]] = field(default_factory=list)  # texts that follow one another; is it a target?
     options: list[str] = field(default_factory=list)  # the completions of the wrong answers
 
@@ -675,14 +676,15 @@ class Tokenization:
 
     def make_row(self, raw: dict, place: tuple[int, int]) -> Row:
         if self.args.format == "text":
-            return Row(place, [[{"role": "document", "content": raw["text"]}]], raw["text"])
+            return Row(place, [[{"role": "document", "content": raw["text"]}]], raw["text"], raw["text"])
         if self.args.format == "chat":
             messages = read_messages(raw)
-            return Row(place, [messages], messages[-1]["content"])
+            said = "".join(message["content"] for message in messages)
+            return Row(place, [messages], messages[-1]["content"], said)
         prompt, answers = render_messages(raw, self.template), render_answers(raw, self.template)
         answers = answers if self.with_options else answers[:1]
         conversations = [[*prompt, {"role": "assistant", "content": answer}] for answer in answers]
-        return Row(place, conversations, answers[0])
+        return Row(place, conversations, answers[0], "".join(text for text in raw.values() if isinstance(text, str)))
 
     def render(self, rows: list[Row], complaints: list[str]) -> list[Row]:
         """Gives the rows their texts. Returns those that the chat template could render; others become complaints."""
@@ -808,7 +810,7 @@ class Tokenization:
         fragments = np.concatenate([[0], np.cumsum(self.is_fragment[ids])])
         start = 0
         for row, end in zip(rows, ends.tolist(), strict=True):
-            name = language("".join(message["content"] for message in row.conversations[0]))
+            name = language(row.said)
             figures["language", name, "rows"] += 1
             figures["language", name, "characters"] += sum(len(text) for text, _ in row.pieces)
             figures["language", name, "tokens"] += end - start

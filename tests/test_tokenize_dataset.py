@@ -1,8 +1,12 @@
 """Raw rows become token ids without a token lost, doubled or shifted, and mistakes end in a message."""
 
+import csv
+import gzip
 import hashlib
 import importlib.util
+import io
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -11,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, make_tokenizer, run_script
 from datasets import load_from_disk
@@ -667,3 +672,368 @@ def test_a_kill_at_any_step_of_writing_leaves_the_old_set_or_the_new_one(
         found[TokenizedDataset(run / "set").ledger["answer"] if (run / "set").exists() else None] += 1
     assert found["text"] >= 1
     assert found["letter" if with_former_set else None] >= 5
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_disk_that_is_full_ends_in_a_message_and_leaves_nothing(tmp_path, monkeypatch, folders, packing):
+    raw = write_jsonl(tmp_path / "rows.jsonl", [TASK] * 500)
+    command = ["--input", raw, "--format", "alpaca", "--tokenizer_path", folders["plain"], "--packing", packing]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # no file may grow further, as on a full disk
+    try:
+        with pytest.raises(SystemExit, match="--output .*set: cannot be written .*nothing of it was left"):
+            run_main(monkeypatch, *command, "--output", tmp_path / "set")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Conversations, documents, and every kind of file
+# -------------------------------------------------------------------------------------------------------------------
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "你好"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "More?"},
+    {"role": "assistant", "content": "No 👋\n"},
+]
+SHAREGPT = [
+    {"from": {"user": "human", "assistant": "gpt"}.get(turn["role"], "system"), "value": turn["content"]}
+    for turn in CONVERSATION
+]
+
+
+@pytest.mark.parametrize("name", ["chat", "chat without BOS", "chat that writes BOS"])
+@pytest.mark.parametrize("raw", [{"messages": CONVERSATION}, {"conversations": SHAREGPT}], ids=["chat", "sharegpt"])
+def test_every_turn_of_the_assistant_is_a_target_and_nothing_else(tmp_path, tokenizers, name, raw):
+    (row,), ledger = tokenize(tmp_path / "rows.jsonl", [raw], tokenizers[name], format="chat")
+    text = tokenizers[name].apply_chat_template(CONVERSATION, tokenize=False).rstrip().removeprefix("<s>")
+    assert text_of(tokenizers[name], row["input_ids"]) == "<s>" * ("without" not in name) + text
+    assert text_of(tokenizers[name], targets_of(row)) == "Hello</s>No 👋\n</s>"
+    assert ledger["targets"] == len(targets_of(row))
+
+
+def test_alpacas_system_and_history_stand_in_the_prompt(tmp_path, tokenizers):
+    raw = TASK | {"system": "Be brief.", "history": [["Hi", "Hello"]]}
+    for name in ("plain", "chat"):
+        (row,), _ = tokenize(tmp_path / "rows.jsonl", [raw], tokenizers[name], format="alpaca")
+        text = text_of(tokenizers[name], row["input_ids"])
+        places = [text.index(part) for part in ("Be brief.", "Hi", "Hello</s>", "Translate.", "Hello\n</s>")]
+        assert places == sorted(places)
+        assert text_of(tokenizers[name], targets_of(row)) == "Hello\n</s>"
+
+
+def test_a_document_keeps_all_its_ids_and_its_special_tokens_are_text(tmp_path, tokenizers):
+    text = "a <s>struck out</s> word \x00 你好 👩‍⚕️ שלום\u200b\n" * 40
+    (row,), ledger = tokenize(
+        tmp_path / "rows.jsonl", [{"text": text}], tokenizers["plain"], format="text", max_length=9
+    )
+    assert list(row) == ["input_ids"]
+    assert text_of(tokenizers["plain"], row["input_ids"]) == f"<s>{text}</s>"
+    assert row["input_ids"].count(1) == row["input_ids"].count(2) == 1
+    assert ledger["tokens"]["kept"] == len(row["input_ids"]) == ledger["targets"] + 1
+    assert len(TokenizedDataset(tmp_path / "rows set", tokenizer=tokenizers["plain"], passage_length=8)) == 1
+
+
+def test_a_template_file_is_the_prompt(tmp_path, tokenizers):
+    (tmp_path / "prompt.txt").write_text("{{case}} {question}\nAnswer: ")
+    (row,), ledger = tokenize(
+        tmp_path / "rows.jsonl", [QUESTION], tokenizers["plain"], template=str(tmp_path / "prompt.txt")
+    )
+    text = text_of(tokenizers["plain"], row["input_ids"])
+    assert text.startswith("<s>{case} 胸口疼") and text.endswith("\nAnswer: Cardiology</s>")
+    assert ledger["template"]["prompt"] == "{{case}} {question}\nAnswer: "
+
+
+def write_file(path: Path, rows: list[dict]) -> None:
+    """Writes Alpaca rows in the form that the name asks for."""
+    plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+    if plain.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+        return
+    if plain.suffix == ".csv":
+        content = io.StringIO()
+        writer = csv.DictWriter(content, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        data = content.getvalue().encode()
+    elif plain.suffix == ".json":
+        data = json.dumps(rows).encode()
+    else:
+        data = write_jsonl(path, rows).read_bytes()
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    elif path.suffix == ".zst":
+        with pa.CompressedOutputStream(str(path), "zstd") as file:
+            file.write(data)
+        return
+    path.write_bytes(data)
+
+
+TASKS = [TASK | {"output": f"answer {i}, {'很' * i}\n"} for i in range(40)]
+KINDS = ["a.json", "a.jsonl", "a.csv", "a.parquet", "a.jsonl.gz", "a.jsonl.zst", "a.csv.gz", "a.json.zst"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file_gives_the_same_set(tmp_path, tokenizers, name):
+    write_file(tmp_path / name, TASKS)
+    rows, ledger = tokenize_file(
+        tokenizers["plain"], tmp_path / "set", input=str(tmp_path / name), format="alpaca", max_length=10**6
+    )
+    expected, _ = tokenize(tmp_path / "expected.jsonl", TASKS, tokenizers["plain"], format="alpaca")
+    assert rows == expected
+    assert ledger["input_sha256"] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+
+
+def test_a_folder_a_glob_a_url_and_stdin(tmp_path, monkeypatch, capsys, tokenizers):
+    folder = tmp_path / "in" / "deeper"
+    folder.mkdir(parents=True)
+    write_file(tmp_path / "in" / "a.jsonl.gz", TASKS[:10])
+    write_file(folder / "b.parquet", TASKS[10:])
+    (folder / "notes.docx").write_text("not data")
+    content = b"".join(json.dumps(row).encode() + b"\n" for row in TASKS)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))
+    expected, _ = tokenize(tmp_path / "expected.jsonl", TASKS, tokenizers["plain"], format="alpaca")
+    write_file(tmp_path / "rows.jsonl", TASKS)
+    for name in (f"{tmp_path}/in", f"{tmp_path}/in/**/*.[jp]*", f"file://{tmp_path}/rows.jsonl", "-"):
+        rows, ledger = tokenize_file(
+            tokenizers["plain"],
+            tmp_path / "set",
+            input=name,
+            format="alpaca",
+            max_length=10**6,
+            streaming="://" in name,
+        )
+        assert rows == expected, name
+        assert len(ledger["files_not_read"]) == (name == f"{tmp_path}/in")
+
+
+def test_text_files_are_one_document_each(tmp_path, tokenizers):
+    (tmp_path / "in").mkdir()
+    for name, content in (("a", b"\xef\xbb\xbfone\r\nline"), ("b", b""), ("c", "二".encode())):
+        (tmp_path / "in" / f"{name}.txt").write_bytes(content)
+    rows, ledger = tokenize_file(tokenizers["plain"], tmp_path / "set", input=str(tmp_path / "in"), format="text")
+    assert [text_of(tokenizers["plain"], row["input_ids"]) for row in rows] == ["<s>one\nline</s>", "<s>二</s>"]
+    assert ledger["rows"]["no_target"] == 1
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Odd rows
+# -------------------------------------------------------------------------------------------------------------------
+
+TURN = {"role": "assistant", "content": "a"}
+ODD = {  # format, what the file holds, and either how many rows are kept or what the message says
+    "Chinese": ("alpaca", {"instruction": "翻译", "output": "你好，世界。"}, 1),
+    "emoji": ("alpaca", {"instruction": "🫀", "output": "👩‍⚕️🩺"}, 1),
+    "right to left": ("alpaca", {"instruction": "שלום", "output": "مرحبا \u202babc\u202c"}, 1),
+    "zero width": ("alpaca", {"instruction": "a\u200bb", "output": "\ufeff\u200d\u2060"}, 1),
+    "NUL": ("alpaca", {"instruction": "a\x00", "output": "\x00\x1f"}, 1),
+    "one line of 1 MB": ("alpaca", {"instruction": "a", "output": "很长 text " * 80_000}, 1),
+    "empty file": ("alpaca", b"", 0),
+    "empty lines": ("alpaca", b"\n \r\n\n", 0),
+    "empty output": ("alpaca", {"instruction": "a", "output": ""}, 0),
+    "empty instruction": ("alpaca", {"instruction": "", "output": "b"}, 1),
+    "missing field": ("alpaca", {"instruction": "a"}, "in.jsonl, line 1: field output is missing"),
+    "wrong type": ("alpaca", {"instruction": 7, "output": "b"}, "in.jsonl, line 1: field instruction is not a text"),
+    "history of wrong shape": ("alpaca", TASK | {"history": ["a"]}, "line 1: field history is not a list of pairs"),
+    "label out of range": ("mcq", QUESTION | {"label": 4}, "in.jsonl, line 1: field label is 4, expected .* 0 to 3"),
+    "duplicate ids": ("mcq", (json.dumps(QUESTION) + "\n").encode() * 2, 2),
+    "Windows line ends": ("mcq", json.dumps(QUESTION).encode() + b"\r\n", 1),
+    "BOM": ("mcq", b"\xef\xbb\xbf" + json.dumps(QUESTION).encode(), 1),
+    "not UTF-8": ("mcq", json.dumps(QUESTION).encode() + b"\n\xff", "in.jsonl, line 2: not UTF-8"),
+    "nested too deeply": ("mcq", b"[" * 100_000, "in.jsonl, line 1: not JSON"),
+    "no messages": ("chat", TASK, "line 1: field messages .* is missing"),
+    "no turn of the assistant": ("chat", {"messages": CONVERSATION[:2]}, "the assistant has no turn"),
+    "empty turn": ("chat", {"messages": [TURN | {"content": " "}]}, "line 1: .*turn 1: the assistant says nothing"),
+    "content missing": ("chat", {"messages": [{"role": "user"}, TURN]}, "turn 1: content is not a text"),
+    "unknown role": ("chat", {"messages": [TURN | {"role": "doctor"}]}, "turn 1: role is 'doctor'"),
+    "special token in a turn": ("chat", {"messages": [TURN | {"content": "a</s>b"}]}, 0),
+    "text missing": ("text", {"document": "a"}, "line 1: field text is missing"),
+    "empty text": ("text", {"text": " \n"}, 0),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_an_odd_row_is_kept_counted_or_named(tmp_path, tokenizers, case):
+    format, content, outcome = ODD[case]
+    content = content if isinstance(content, bytes) else json.dumps(content).encode()
+    (tmp_path / "in.jsonl").write_bytes(content)
+    arguments = {"input": str(tmp_path / "in.jsonl"), "format": format, "max_length": 10**7}
+    if isinstance(outcome, str):
+        with pytest.raises(ValueError, match=outcome):
+            tokenize_file(tokenizers["chat"], tmp_path / "set", **arguments)
+        assert not (tmp_path / "set").exists()
+        _, ledger = tokenize_file(tokenizers["chat"], tmp_path / "set", on_bad_row="skip", **arguments)
+        assert ledger["rows"]["broken"] == 1
+        return
+    rows, ledger = tokenize_file(tokenizers["chat"], tmp_path / "set", **arguments)
+    assert len(rows) == ledger["rows"]["kept"] == outcome and ledger["rows"]["broken"] == 0
+    for row, raw in zip(rows, content.removeprefix(b"\xef\xbb\xbf").splitlines() if outcome else (), strict=True):
+        raw = json.loads(raw)
+        answer = raw["output"] if format == "alpaca" else raw[f"ending{raw['label']}"]
+        assert text_of(tokenizers["chat"], targets_of(row)) == answer + "</s>"
+
+
+def test_a_damaged_archive_is_named(tmp_path, tokenizers):
+    for name in ("a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
+        write_file(tmp_path / name, [task | {"output": str(hash(str(task)))} for task in TASKS])
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-40])
+        with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+            tokenize_file(tokenizers["plain"], tmp_path / "set", input=str(tmp_path / name), format="alpaca")
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Long rows, splits, workers and machines
+# -------------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(tasks, max_size=6),
+    st.integers(2, 120),
+    st.sampled_from(["drop", "truncate", "split"]),
+    st.booleans(),
+    st.sampled_from([0.0, 0.5]),
+)
+def test_every_policy_for_long_rows_balances(
+    tokenizers, tmp_path_factory, raw_rows, max_length, on_long, packing, val_size
+):
+    path, tokenizer = tmp_path_factory.getbasetemp() / "long.jsonl", tokenizers["chat"]
+    whole, before = tokenize(path, raw_rows, tokenizer, format="alpaca")
+    output = path.parent / "long set"
+    arguments = {"format": "alpaca", "max_length": max_length, "on_long": on_long}
+    _, ledger = tokenize(path, raw_rows, tokenizer, packing=packing, val_size=val_size, **arguments)
+    ledgers = {output: ledger}
+    if val_size:
+        val = output.with_name("long set_val")
+        ledgers[val] = json.loads((val / "ledger.json").read_text())
+    num_kept = 0
+    for folder, ledger in ledgers.items():
+        rows = rows_of(folder)
+        assert ledger["tokens"]["in"] == before["tokens"]["in"]
+        assert ledger["rows"]["in"] == len(raw_rows) == sum(ledger["rows"].values()) - len(raw_rows)
+        assert sum(ledger["tokens"].values()) == 2 * ledger["tokens"]["in"]
+        assert sum(len(row["input_ids"]) for row in rows) == ledger["tokens"]["kept"]
+        assert all(len(row["input_ids"]) <= max_length for row in rows)
+        assert len(rows) == ledger["rows_written"]
+        firsts = [[0] if not packing else np.flatnonzero(np.array(row["position_ids"]) == 0) for row in rows]
+        labels = [np.delete(row["labels"], first) for row, first in zip(rows, firsts, strict=True)]
+        assert ledger["targets"] == sum(int((label != IGNORE_INDEX).sum()) for label in labels)
+        num_kept += ledger["tokens"]["kept"]
+    if on_long == "split":
+        assert ledger["tokens"]["truncated"] == ledger["rows"]["too_long"] == 0
+    lost = before["tokens"]["kept"] - num_kept
+    assert (
+        lost
+        == sum(ledger["tokens"][name] for name in ("truncated", "too_long", "no_target"))
+        - before["tokens"]["no_target"]
+    )
+
+
+def test_a_long_row_can_be_an_error(tmp_path, tokenizers):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 1: \d+ tokens, above --max_length"):
+        tokenize(tmp_path / "rows.jsonl", [QUESTION], tokenizers["plain"], max_length=9, on_long="error")
+    assert not (tmp_path / "rows set").exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_the_bytes_are_the_same_for_every_number_of_workers(tmp_path, tokenizers):
+    raw = write_jsonl(tmp_path / "rows.jsonl", TASKS * 40 + [{"instruction": "broken"}] + TASKS)
+    results = []
+    for num_proc in (1, 3):
+        arguments = {"input": str(raw), "format": "alpaca", "packing": True, "on_bad_row": "skip", "val_size": 0.2}
+        _, ledger = tokenize_file(tokenizers["plain"], tmp_path / "set", num_proc=num_proc, **arguments)
+        assert 0.15 < ledger["rows"]["other_split"] / ledger["rows"]["in"] < 0.25
+        assert ledger["rows"]["broken"] == 1
+        results.append([contents(tmp_path / "set"), contents(tmp_path / "set_val")])
+    assert results[0] == results[1]
+    _, ledger = tokenize_file(tokenizers["plain"], tmp_path / "set", seed=1, **arguments)
+    assert contents(tmp_path / "set_val") != results[0][1]
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_the_parts_of_all_machines_are_the_whole(tmp_path, tokenizers, num_files):
+    (tmp_path / "in").mkdir()
+    for number in range(num_files):
+        write_jsonl(tmp_path / "in" / f"{number}.jsonl", TASKS[number::num_files])
+    arguments = {"input": str(tmp_path / "in"), "format": "alpaca", "val_size": 0.3}
+    whole, _ = tokenize_file(tokenizers["plain"], tmp_path / "set", **arguments)
+    found = []
+    for part in ("1/2", "2/2"):
+        args = tokenize_dataset.Arguments(output=str(tmp_path / "part"), shard=part, **arguments)
+        tokenize_dataset.build(args, tokenizers["plain"])
+        found += rows_of(tmp_path / f"part-{part.replace('/', '-of-')}")
+    assert sorted(map(str, found)) == sorted(map(str, whole))
+
+
+def test_the_ledger_shows_a_tokenizer_that_knows_no_chinese(tmp_path, tokenizers, capsys):
+    rows = [{"instruction": "天气", "output": "今天天气很好，适合散步。"}] * 3 + [
+        {"instruction": "Weather", "output": "fine"}
+    ]
+    _, ledger = tokenize(tmp_path / "rows.jsonl", rows, tokenizers["plain"], format="alpaca")
+    tokenize_dataset.print_ledger(ledger, tmp_path)
+    languages, printed = ledger["languages"], capsys.readouterr().out
+    assert list(languages) == ["Chinese", "Latin"] and languages["Latin"]["fragments"] == 0
+    assert languages["Chinese"]["fragments"] == 3 * 3 * len("天气" + "今天天气很好，适合散步。")  # three bytes each
+    assert "hardly made for Chinese" in printed and "hardly made for Latin" not in printed
+    assert ledger["bos_at_start"] == {"0": 0, "1": 4, "2": 0} and ledger["share_without_eos_target"] == 0
+    assert sum(ledger["length_histogram"].values()) == 4
+
+
+def test_lengths_fall_into_bins_without_gaps():
+    names = list(dict.fromkeys(map(tokenize_dataset.length_bin, range(1, 200))))
+    assert names == "1 2 3 4 5-6 7-8 9-12 13-16 17-24 25-32 33-48 49-64 65-96 97-128 129-192 193-256".split()
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Tokenizers like LLaMA's
+# -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_tokenizer(tmp_path_factory):
+    """LLaMA 1's kind: SentencePiece BPE with byte fallback and BOS, trained here."""
+    import sentencepiece
+    from transformers import LlamaTokenizer
+
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(ROOT / "data_sample" / "triage_train.jsonl"), model_prefix=str(folder / "tokenizer"),
+        vocab_size=600, model_type="bpe", byte_fallback=True, minloglevel=2, add_dummy_prefix=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    LlamaTokenizer.from_pretrained(folder, add_bos_token=True).save_pretrained(folder / "hf")
+    return AutoTokenizer.from_pretrained(folder / "hf")
+
+
+def test_a_sentencepiece_tokenizer_gives_back_every_text(tmp_path, sentencepiece_tokenizer):
+    tokenizer = sentencepiece_tokenizer
+    assert tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    answers = ["Hello", " two spaces  inside", "\nline", "你好 👋", "tab\t.", "  x"]
+    raw_rows = [TASK | {"output": answer} for answer in answers]
+    rows, ledger = tokenize(tmp_path / "rows.jsonl", raw_rows, tokenizer, format="alpaca")
+    template = tokenize_dataset.make_template(tokenize_dataset.Arguments(format="alpaca"), chat=False)
+    for answer, raw, row in zip(answers, raw_rows, rows, strict=True):
+        prompt = tokenize_dataset.render_prompt(raw, template)
+        assert row["input_ids"].count(tokenizer.bos_token_id) == 1
+        # SentencePiece puts a space before every text, and its decoder takes it away only without <s>.
+        assert text_of(tokenizer, row["input_ids"]) == f"<s> {prompt}{answer}</s>"
+        assert text_of(tokenizer, targets_of(row)).strip() == f"{answer}</s>".strip()
+    assert ledger["languages"]["Latin"]["fragments"] > 0  # the Chinese input
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["medqa_dev.jsonl", "alpaca_en_demo.json"])
+def test_real_rows_go_through(tmp_path, tokenizers, name):
+    path = ROOT.parent / "shared" / "data" / name
+    if not path.is_file():
+        pytest.skip("the real rows are not part of the repository")
+    rows, ledger = tokenize_file(tokenizers["plain"], tmp_path / "set", input=str(path), max_length=4096,
+                                 format="mcq" if "medqa" in name else "alpaca")  # fmt: skip
+    assert len(rows) == ledger["rows"]["kept"] == ledger["rows"]["in"] >= 999
+    assert sum(len(row["input_ids"]) for row in rows) == ledger["tokens"]["in"]

@@ -194,6 +194,9 @@ class TokenizedDataset(Dataset):
     def __len__(self) -> int:
         return self.first_rows[-1]
 
+    def __iter__(self):
+        return map(self.__getitem__, range(len(self)))
+
     def locate(self, draw: int) -> tuple[TokenizedFolder, int, slice]:
         """The folder and row of a draw, and what is taken of the row."""
         times, index = divmod(draw, len(self))
@@ -227,22 +230,9 @@ class TokenizedDataset(Dataset):
         return row
 
 
-@lru_cache(maxsize=2)
-def row_order(seed: int, epoch: int, sizes: tuple[int, ...], shares: tuple[int, ...]) -> np.ndarray:
-    """What is drawn in an epoch, in order: `shares[i]` rows of the i-th folder, which has `sizes[i]`.
-
-    The k-th draw of a folder since the start of training lies in its pass k // size, and every pass beyond the first
-    folder's, which is the epoch, has a permutation of its own.
-    """
-    draws = []
-    for number, (size, share) in enumerate(zip(sizes, shares, strict=True)):
-        times, places = np.divmod(np.arange(epoch * share, (epoch + 1) * share), size)
-        for time_ in np.unique(times) if number else ():
-            order = np.random.default_rng([seed, time_, number]).permutation(size)
-            places[times == time_] = order[places[times == time_]]
-        draws.append(times * sum(sizes) + sum(sizes[:number]) + places)
-    draws = np.concatenate(draws)
-    return draws[np.random.default_rng([seed, epoch]).permutation(len(draws))]
+@lru_cache(maxsize=8)
+def permutation(size: int, *seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(size)
 
 
 class RowSampler(Sampler):
@@ -285,20 +275,31 @@ class RowSampler(Sampler):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def order(self, epoch: int) -> np.ndarray:
-        return row_order(self.seed, epoch, tuple(self.dataset.sizes), tuple(self.dataset.shares))
-
     def __len__(self) -> int:
         return self.steps_per_epoch * self.rows_per_step
 
     def __iter__(self):
-        yield from self.order(self.epoch).tolist()
+        for step in range(self.steps_per_epoch):
+            yield from self.draws_of(self.epoch * self.steps_per_epoch + step)
         yield from [FILLER] * (len(self) - self.rows_per_epoch)
 
     def draws_of(self, step: int) -> list[int]:
-        """The draws of optimizer step `step`, counted from 0 over all epochs; an epoch's last step may have fewer."""
+        """The draws of optimizer step `step`, counted from 0 over all epochs; an epoch's last step may have fewer.
+
+        An epoch draws `shares[i]` rows of the i-th folder, in an order over all of them. The k-th draw of a folder
+        since the start of training lies in its pass k // size; the first folder's pass is the epoch, and each pass of
+        the others has an order of its own.
+        """
         epoch, step = divmod(step, self.steps_per_epoch)
-        return self.order(epoch)[step * self.rows_per_step :][: self.rows_per_step].tolist()
+        places = permutation(self.rows_per_epoch, self.seed, epoch)[step * self.rows_per_step :][: self.rows_per_step]
+        draws, before, data = [], np.cumsum([0] + self.dataset.shares), self.dataset
+        for place in places.tolist():
+            number = int(np.searchsorted(before, place, side="right")) - 1
+            k = epoch * data.shares[number] + place - int(before[number])
+            times, row = divmod(k, data.sizes[number])
+            row = int(permutation(data.sizes[number], self.seed, times, number)[row]) if number else row
+            draws.append(times * len(data) + sum(data.sizes[:number]) + row)
+        return draws
 
     def rows_of(self, step: int) -> list[dict[str, torch.Tensor]]:
         return [self.dataset[draw] for draw in self.draws_of(step)]

@@ -39,7 +39,8 @@ def test_the_share_is_that_of_the_passages_that_training_draws(papers, tmp_path)
     seen = [[np.zeros(length, bool) for length in lengths] for lengths in tokens]
     sampler = RowSampler(dataset, 1, 3)
     for epoch in range(3):
-        for draw in sampler.order(epoch).tolist():
+        sampler.set_epoch(epoch)
+        for draw in sampler:
             folder, row, taken = dataset.locate(draw)
             seen[dataset.folders.index(folder)][row][taken] = True
         for number, lengths in enumerate(tokens):

@@ -48,7 +48,8 @@ def coverage(dataset: TokenizedDataset, num_epochs: int, seed: int) -> list[list
     starts: dict[int, list[int]] = {}
     seen_by_epoch = []
     for epoch in range(num_epochs):
-        for draw in sampler.order(epoch).tolist():
+        sampler.set_epoch(epoch)
+        for draw in sampler:
             starts.setdefault(draw % len(dataset), []).append(dataset.locate(draw)[2].start or 0)
         seen, documents = np.zeros(len(dataset.folders)), Counter()
         for index, drawn in starts.items():

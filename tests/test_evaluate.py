@@ -1,13 +1,14 @@
 """tools/evaluate.py: joined questions score like each option by itself, and ties do not count."""
 
 import importlib.util
+import json
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script, save_tiny_model
+from conftest import ROOT, make_tokenizer, random_rows, run_script, save_rows, save_tiny_model
 from datasets import load_from_disk
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools" / "evaluate.py")
 evaluate = importlib.util.module_from_spec(spec)
@@ -27,13 +28,16 @@ def random_questions(num_questions: int) -> list[dict]:
 
 
 @torch.no_grad()
-def score_one_by_one(model, questions):
+def score_one_by_one(model, questions, num_virtual: int = 0):
+    """A forward for each option; the logits of `num_virtual` tokens stand before the row's own."""
     scores = []
     for question in questions:
         prompt = question["input_ids"][: -len(question["options"][0])]
         scores.append([])
         for ids in question["options"]:
-            log_probs = model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+            row = torch.tensor([prompt + ids])
+            logits = model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0]
+            log_probs = logits[num_virtual:].log_softmax(-1)
             scores[-1].append([log_probs[len(prompt) - 1 + i, token].item() for i, token in enumerate(ids)])
     return scores
 
@@ -50,7 +54,7 @@ def test_joined_questions_score_like_each_option_by_itself(tiny_model):
 
 @pytest.mark.parametrize("mode", ["lora", "prefix", "ptuning", "prompt"])
 def test_adapters_of_every_mode_are_scored(mode, tiny_model):
-    """With an untrained LoRA (B = 0) the scores are the base model's; virtual tokens change them, each option alone."""
+    """Padded together, options score as one by one; an untrained LoRA (B = 0) leaves the base model's scores."""
     import peft
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64, attn_implementation="sdpa")
@@ -62,19 +66,20 @@ def test_adapters_of_every_mode_are_scored(mode, tiny_model):
         "ptuning": lambda: peft.PromptEncoderConfig(encoder_hidden_size=16, **virtual),
         "prompt": lambda: peft.PromptTuningConfig(**virtual),
     }[mode]()
-    model = peft.get_peft_model(model, config).eval()
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, config).eval().double()
     scores = evaluate.score_batch(model, random_questions(3))
-    if mode == "lora":
-        assert scores == base
-    else:
-        assert scores != base
-        assert [[len(option) for option in q] for q in scores] == [[len(option) for option in q] for q in base]
+    assert (scores == base) == (mode == "lora")
+    alone = score_one_by_one(model, random_questions(3), num_virtual=0 if mode in ("lora", "prefix") else 4)
+    for mine, theirs in zip(scores, alone, strict=True):
+        for option, expected in zip(mine, theirs, strict=True):
+            assert option == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_tie_is_not_a_right_answer(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="sdpa").eval()
     tied = [{"input_ids": [5, 6, 7, 2], "options": [[7, 2], [7, 2]]}]
-    assert evaluate.evaluate(model, tied, 1)["accuracy"] == 0
+    assert evaluate.evaluate_choices(model, tied, make_tokenizer(), {}, 1)["accuracy"] == 0
 
 
 def test_the_interval_is_wilsons():
@@ -84,10 +89,119 @@ def test_the_interval_is_wilsons():
     assert evaluate.wilson_interval(0, 20)[0] == pytest.approx(0)
 
 
+def test_the_calibration_error_is_guos():
+    """Two bins, by hand: 0.85 confident and right in 1 of 2, 0.25 confident and never right."""
+    confidences, right = [0.82, 0.88, 0.25], [True, False, False]
+    assert evaluate.calibration_error(confidences, right) == pytest.approx((2 * abs(0.85 - 0.5) + 0.25) / 3)
+    assert evaluate.calibration_error([1.0, 1.0], [True, True]) == 0
+
+
+def test_the_comparison_is_mcnemars_exact_test():
+    """Against scipy's binomtest(1, 11, 0.5) = 0.01171875 and binomtest(3, 7, 0.5) = 1."""
+    right_a = [True] * 10 + [False] * 1 + [True] * 20
+    right_b = [False] * 10 + [True] * 1 + [True] * 20
+    assert evaluate.mcnemar(right_a, right_b) == {"only_a": 10, "only_b": 1, "p": pytest.approx(0.01171875)}
+    assert evaluate.mcnemar([True] * 3 + [False] * 4, [False] * 3 + [True] * 4)["p"] == 1
+    assert evaluate.mcnemar([True], [True])["p"] == 1
+
+
+def test_the_place_of_an_option_is_found_in_its_prompt():
+    tokenizer = make_tokenizer()
+    prompt = tokenizer("Which?\n- Iron deficiency\n- Iron\n- 贫血 (a)\n- None\n\n### Answer:\n").input_ids
+    options = [[*tokenizer(text, add_special_tokens=False).input_ids, 2]
+               for text in ("贫血 (a)", "Iron deficiency", "Iron", "None")]  # fmt: skip
+    question = {"input_ids": prompt + options[0], "options": options}
+    assert evaluate.read_options(question, tokenizer, {"option": "- {text}", "answer": "text"})[1] == [2, 0, 1, 3]
+    options = [[*tokenizer(letter, add_special_tokens=False).input_ids, 2] for letter in "CABD"]
+    question = {"input_ids": prompt + options[0], "options": options}
+    assert evaluate.read_options(question, tokenizer, {"answer": "letter"})[1] == [2, 0, 1, 3]
+
+
+def test_figures_of_a_small_set_by_hand(tiny_model):
+    """Sums, length-normalised sums, confusion and baselines, from scores computed one option at a time."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64, attn_implementation="sdpa").eval()
+    tokenizer = make_tokenizer()
+    questions = []
+    for right in (0, 1, 1, 3, 2, 1):
+        texts = [f"{'word ' * (i + 1)}{right}{i}" for i in range(4)]
+        prompt = tokenizer("Which?\n" + "\n".join(f"- {text}" for text in texts) + "\n\n### Answer:\n").input_ids
+        options = [[*tokenizer(text, add_special_tokens=False).input_ids, 2] for text in texts]
+        options.insert(0, options.pop(right))
+        questions.append({"input_ids": prompt + options[0], "options": options})
+    result = evaluate.evaluate_choices(model, questions, tokenizer, {"option": "- {text}"}, 4)
+    alone = score_one_by_one(model, questions)
+    sums = [[sum(option[:-1]) for option in options] for options in alone]
+    lengths = [[len(tokenizer.decode(ids[:-1])) for ids in question["options"]] for question in questions]
+    norms = [[score / n for score, n in zip(*pair, strict=True)] for pair in zip(sums, lengths, strict=True)]
+    assert result["accuracy"] == sum(scores.index(max(scores)) == 0 for scores in sums) / 6
+    assert result["accuracy_norm"] == sum(scores.index(max(scores)) == 0 for scores in norms) / 6
+    assert result["baseline_random"] == 0.25 and result["baseline_majority"] == 0.5
+    assert {name: sum(row.values()) for name, row in result["confusion"].items()} == {"A": 1, "B": 3, "C": 1, "D": 1}
+    assert [example["right"] for example in result["examples"]] == [s.index(max(s)) == 0 for s in sums]
+
+
+def test_shots_stand_before_each_question_and_have_the_only_bos(tiny_set, tmp_path):
+    tokenizer = make_tokenizer()
+    rows = [{"input_ids": [1, 10 + i, 11, 2], "labels": [-100, -100, 11, 2]} for i in range(5)]
+    args = evaluate.Arguments(shots=3, shots_path=str(save_rows(rows, tmp_path / "shots")))
+    shots = evaluate.draw_shots(args, tokenizer)
+    assert len(shots) == 3 * 4 - 2 and shots.count(1) == 1 and shots[0] == 1
+    assert evaluate.draw_shots(args, tokenizer) == shots  # drawn by --seed
+    assert evaluate.join(shots, [1, 30, 31], tokenizer) == [*shots, 30, 31]
+    assert evaluate.join([], [1, 30, 31], tokenizer) == [1, 30, 31]
+
+
+@pytest.mark.parametrize("window", [8, 64])
+def test_documents_have_each_token_scored_once(window, tiny_model):
+    """Within one window: the plain loss of the model over the whole document. The bytes are those of the text."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64, attn_implementation="sdpa").eval()
+    tokenizer = make_tokenizer()
+    texts = ["贫血 is common. " * 2, "x", "Fever and cough"]
+    rows = [{"input_ids": tokenizer(text).input_ids} for text in texts]
+    data = evaluate.TestSet("text", rows, tokenizer, {}, [])
+    result = evaluate.evaluate_targets(model, data, evaluate.Arguments(window=window))
+    num = sum(len(row["input_ids"]) - 1 for row in rows)
+    assert result["num_targets"] == num
+    if window == 64:
+        total = sum(
+            model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item() * (len(ids) - 1)
+            for ids in (row["input_ids"] for row in rows)
+        )
+        assert result["loss"] == pytest.approx(total / num, rel=1e-6)
+        num_bytes = sum(len(text.encode()) for text in texts)
+        assert result["bits_per_byte"] == pytest.approx(total / 0.6931471805599453 / num_bytes, rel=1e-6)
+    for row in rows:
+        windows = evaluate.cut_document(row["input_ids"], window)
+        scored = [id for cut in windows for id in cut["labels"].tolist() if id != -100]
+        assert scored == row["input_ids"][1:]
+
+
+@pytest.mark.parametrize("mode", ["base", "prompt"])
+def test_instructions_have_the_loss_and_accuracy_of_a_plain_forward(mode, tiny_model):
+    import peft
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64, attn_implementation="sdpa").eval()
+    if mode == "prompt":
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        model = peft.get_peft_model(model, config).eval().double()
+    rows = [{name: list(ids) for name, ids in row.items()} for row in random_rows(7)]
+    data = evaluate.TestSet("instruction", rows, make_tokenizer(), {}, [])
+    result = evaluate.evaluate_targets(model, data, evaluate.Arguments(per_device_eval_batch_size=3))
+    total, right, num = 0.0, 0, 0
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :]
+        for position, label in enumerate(row["labels"]):
+            if position and label != -100:
+                total -= logits[position - 1].log_softmax(-1)[label].item()
+                right += int(logits[position - 1].argmax()) == label
+                num += 1
+    assert result["loss"] == pytest.approx(total / num, rel=1e-6)
+    assert result["token_accuracy"] == right / num and result["num_targets"] == num
+
+
 def test_from_raw_questions_to_a_score(tmp_path):
     """The loss is the training scripts' evaluation loss; the accuracy counts what a plain argmax counts."""
-    import json
-
     model_path = save_tiny_model(tmp_path / "model")
     lines = (ROOT / "data_sample" / "triage_test.jsonl").read_text().splitlines()[:11]
     (tmp_path / "few.jsonl").write_text("\n".join(lines))
@@ -110,6 +224,68 @@ def test_from_raw_questions_to_a_score(tmp_path):
                "--use_cpu", "True")  # fmt: skip
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert history[-1]["eval_loss"] == pytest.approx(result["loss"], rel=1e-5)
+
+
+def test_every_checkpoint_and_a_comparison(tiny_model, tmp_path, monkeypatch, capsys):
+    """In one process: adapters as checkpoints, evaluation.json in the run's folder, then the run against its base."""
+    import peft
+
+    lines = (ROOT / "data_sample" / "triage_test.jsonl").read_text().splitlines()[:6]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
+    run_script("data_sample/tokenize_dataset.py", "--input", tmp_path / "few.jsonl", "--tokenizer_path", tiny_model,
+               "--output", tmp_path / "set")  # fmt: skip
+    run_folder = tmp_path / "run"
+    for step in (5, 10):
+        torch.manual_seed(step)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+        base = AutoModelForCausalLM.from_pretrained(tiny_model)
+        model = peft.get_peft_model(base, config)
+        model.save_pretrained(run_folder / f"checkpoint-{step}", save_embedding_layers=False)
+        (run_folder / f"checkpoint-{step}" / "complete.json").write_text("{}")
+    model.save_pretrained(run_folder, save_embedding_layers=False)
+    (run_folder / "checkpoint-15").mkdir()  # interrupted
+    (run_folder / "run.json").write_text("{}")
+
+    def run(*flags) -> str:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--dataset_path", str(tmp_path / "set"), *map(str, flags)])
+        evaluate.main()
+        return capsys.readouterr().out
+
+    run("--peft_path", run_folder)
+    last = json.loads((run_folder / "evaluation.json").read_text())
+    assert len(last["examples"]) == 6
+    assert "| 6 |" in (run_folder / "evaluation.md").read_text()
+    run("--peft_path", run_folder, "--all_checkpoints", "True", "--output", tmp_path / "all.json")
+    results = json.loads((tmp_path / "all.json").read_text())["checkpoints"]
+    assert [result["step"] for result in results] == [5, 10]
+    assert results[1]["examples"] == last["examples"] != results[0]["examples"]
+    assert len((tmp_path / "all.md").read_text().splitlines()) == 4
+    assert (tmp_path / "all.png").is_file() == (importlib.util.find_spec("matplotlib") is not None)
+    printed = run("--compare", run_folder / "evaluation.json", tiny_model, "--output", tmp_path / "compared.json")
+    assert "exact McNemar p = " in printed
+    compared = json.loads((tmp_path / "compared.json").read_text())
+    assert compared["a"]["examples"] == last["examples"] and 0 < compared["mcnemar"]["p"] <= 1
+    (tmp_path / "other.json").write_text(json.dumps(last | {"dataset_input_sha256": "another"}))
+    with pytest.raises(SystemExit) as stopped:
+        run("--compare", run_folder / "evaluation.json", tmp_path / "other.json")
+    assert "other questions" in str(stopped.value.code)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_by_both_names(tiny_model, tmp_path):
+    import peft
+
+    other = save_tiny_model(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**config | {"hidden_size": 64, "head_dim": 8}))
+    peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    args = evaluate.Arguments(model_path=str(tiny_model), peft_path=str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match="does not fit") as refusal:
+        evaluate.load_model(args)
+    assert str(tiny_model) in str(refusal.value) and str(tmp_path / "adapter") in str(refusal.value)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged"):
+        evaluate.load_model(args)
 
 
 def test_mistakes_are_reported_together(tmp_path):

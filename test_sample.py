@@ -303,13 +303,10 @@ def encode_rows(args: Arguments, config, tokenizer, template: dict, rows: list[d
             prompts.append(encode_prompt(tokenizer, read_messages(row, template), template))
         except (KeyError, TypeError, IndexError) as problem:
             raise ValueError(f"row {number} lacks {problem}, which {template['format']} rows have") from None
-        total = virtual + len(prompts[-1]) + args.max_new_tokens
-        if total > config.max_position_embeddings:
-            raise ValueError(
-                f"row {number} has {virtual + len(prompts[-1])} tokens, which with --max_new_tokens "
-                f"{args.max_new_tokens} are more than the {config.max_position_embeddings} that the model can attend "
-                "to; shorten or leave out the row, or lower --max_new_tokens"
-            )
+        num_tokens = virtual + len(prompts[-1])
+        if num_tokens >= config.max_position_embeddings:
+            raise ValueError(f"row {number} has {num_tokens} tokens, which leaves no room for an answer: the model can "
+                             f"attend to {config.max_position_embeddings}; shorten or leave out the row")  # fmt: skip
     return prompts
 
 
@@ -455,13 +452,20 @@ def find_stop_ids(model, tokenizer) -> list[int]:
     return sorted(stop_ids - {None})
 
 
+def find_room(model, prompt: list[int]) -> int:
+    """The tokens that the model's context leaves for an answer."""
+    virtual = model.active_peft_config.num_virtual_tokens if has_virtual_tokens(model) else 0
+    return model.config.max_position_embeddings - virtual - len(prompt)
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, **options) -> list[list[int]]:
     """Continues each prompt; greedy unless `options`, which go to transformers' generate, say otherwise.
 
     Returns:
-        the new ids of each prompt, up to and without the first stop id.
+        the new ids of each prompt, up to and without the first stop id, or until its context is full.
     """
+    rooms = [min(max_new_tokens, find_room(model, ids)) for ids in prompts]
     stop_ids = find_stop_ids(model, tokenizer)
     longest = max(len(ids) for ids in prompts)
     # LLaMA tokenizers have no pad token; any id does, for the mask comes from the lengths.
@@ -470,15 +474,15 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, **
     output = model.generate(
         input_ids=padded,
         attention_mask=mask,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max(rooms),
         eos_token_id=stop_ids,
         pad_token_id=stop_ids[0],
         **({"do_sample": False} | options),
     )
     answers = []
-    for ids in output[:, longest:].tolist():
+    for ids, room in zip(output[:, longest:].tolist(), rooms, strict=True):
         end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
-        answers.append(ids[:end])
+        answers.append(ids[: min(end, room)])
     return answers
 
 
@@ -569,7 +573,7 @@ def answer_rows(args: Arguments, model, tokenizer, template: dict, rows, prompts
                 "answer": tokenizer.decode(ids, skip_special_tokens=True),
                 "expected": expected_answer(rows[number], template),
                 "num_tokens": len(ids),
-                "stopped": len(ids) < args.max_new_tokens,
+                "stopped": len(ids) < min(args.max_new_tokens, find_room(model, prompts[number])),
                 "settings": fingerprint(args),
             }
             if args.compare:
@@ -668,10 +672,9 @@ def answer_turn(args: Arguments, model, tokenizer, template: dict, messages: lis
     """Streams the answer to `line` and appends both to `messages`, unless the conversation has become too long."""
     turn = user_message(line, template)
     ids = encode_prompt(tokenizer, [*messages, turn], template)
-    longest = model.config.max_position_embeddings - args.max_new_tokens
-    if len(ids) > longest:
-        print(f"the conversation has {len(ids)} tokens, and with --max_new_tokens {args.max_new_tokens} the model can "
-              f"attend to {longest}; /reset begins anew")  # fmt: skip
+    if find_room(model, ids) < 1:
+        print(f"the conversation has {len(ids)} tokens, and the model can attend to "
+              f"{model.config.max_position_embeddings}; /reset begins anew")  # fmt: skip
         return
     printer = Printer(tokenizer)
     try:

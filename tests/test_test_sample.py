@@ -116,6 +116,16 @@ def test_the_same_tokens_in_any_batch_size(tmp_path):
                 assert best[0] - best[1] < 1e-4
 
 
+def test_an_answer_ends_where_the_context_is_full_whatever_the_batch(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = model.config.eos_token_id = 299  # which random weights hardly ever choose
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    prompts = [[1] + [7] * 249, [1, 8, 9]]
+    together = test_sample.generate(model, tokenizer, prompts, 20)
+    assert [len(ids) for ids in together] == [6, 20]
+    assert together == [test_sample.generate(model, tokenizer, [ids], 20)[0] for ids in prompts]
+
+
 def test_generation_stops_at_every_stop_token_of_the_model(tmp_path):
     folder = save_tiny_model(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -354,7 +364,7 @@ def test_an_adapter_that_was_never_trained_is_said_so(workplace, monkeypatch, ca
 def test_a_prompt_longer_than_the_context_is_an_error(workplace, monkeypatch):
     save_tiny_model(workplace / "models" / "tiny")
     message = stop_message(monkeypatch, "--model_path", "models/tiny", "--prompt", "a b " * 200)
-    assert "--prompt" in message and "more than the 256 that the model can attend to" in message
+    assert "--prompt" in message and "leaves no room for an answer: the model can attend to 256" in message
     assert "without --do_sample True" in stop_message(monkeypatch, "--model_path", "models/tiny", "--top_p", 0.5)
 
 

@@ -432,7 +432,7 @@ def check_hf(args: Arguments) -> Plan:
         raise ValueError("it holds an adapter; merge the adapter into its model first")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError("no config.json in it; name the folder of a whole model")
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it would ask
     if config.model_type != "llama":
         raise ValueError(f"config.json is that of a {config.model_type}; Meta's format is for a llama")
     former = read_former_meta(folder)
@@ -535,11 +535,23 @@ def release(*tensors: torch.Tensor) -> None:
 
     Only for those: the pages of a private, unchanged mapping are read again from the file when they are needed.
     """
-    for storage in [tensor.untyped_storage() for tensor in tensors if hasattr(mmap, "MADV_DONTNEED")]:
-        first = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = (storage.data_ptr() + storage.nbytes() - first) // mmap.PAGESIZE * mmap.PAGESIZE
-        if size > 0:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+    for tensor in tensors:
+        advise(tensor, 4)  # MADV_DONTNEED
+
+
+def fetch_pages(tensor: torch.Tensor) -> None:
+    """Maps all pages at once: one by one, when they are first read, takes as long as copying them."""
+    advise(tensor, 22)  # MADV_POPULATE_READ; kernels before 5.14 do not know it and do nothing
+
+
+def advise(tensor: torch.Tensor, advice: int) -> None:
+    """Linux' madvise on the whole pages within the tensor's part of its storage."""
+    storage = tensor.untyped_storage()
+    end = min(tensor.data_ptr() + tensor.nbytes, storage.data_ptr() + storage.nbytes())
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (end - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size > 0 and sys.platform == "linux":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice)
 
 
 def joined_rows(weight: Weight, shards: list[dict[str, torch.Tensor]], head_dim: int):
@@ -548,7 +560,10 @@ def joined_rows(weight: Weight, shards: list[dict[str, torch.Tensor]], head_dim:
     groups = [pieces] if weight.split == 1 else [[piece] for piece in pieces[:: len(pieces) // parts]]
     for group in groups:
         for rows in row_blocks(len(group[0]), math.prod(weight.shape[1:]), head_dim):
-            block = torch.cat([piece[rows] for piece in group], 1) if len(group) > 1 else group[0][rows]
+            blocks = [piece[rows] for piece in group]
+            for block in blocks:
+                fetch_pages(block)
+            block = torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]
             if weight.rotary:
                 block = block.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
             yield block

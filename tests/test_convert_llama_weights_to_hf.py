@@ -217,6 +217,7 @@ GENERATIONS = {
     "llama3_70b": (LLAMA3, 4, "tiktoken", {}),
     "llama31_8b": (SCALED | WIDE, 1, "tiktoken", {}),
     "llama31_405b": (SCALED | WIDE, 8, "tiktoken", {}),
+    "llama31_405b_mp16": (SCALED | {"dim": 256, "n_heads": 16, "n_kv_heads": 8}, 16, "tiktoken", {}),
     "llama32_1b": (SCALED | WIDE, 1, "tiktoken", {"tied": "stored"}),
     "llama32_3b": (SCALED | WIDE, 1, "tiktoken", {"tied": "absent"}),
     "llama33_70b": (SCALED | WIDE, 2, "tiktoken", {}),
@@ -390,6 +391,7 @@ EXPECTED = {  # context, rope, tied
     "llama3_70b": (8192, PLAIN_ROPE | {"rope_theta": 500000.0}, False),
     "llama31_8b": (131072, LLAMA3_ROPE | {"factor": 8.0}, False),
     "llama31_405b": (131072, LLAMA3_ROPE | {"factor": 8.0}, False),
+    "llama31_405b_mp16": (131072, LLAMA3_ROPE | {"factor": 8.0}, False),
     "llama32_1b": (131072, LLAMA3_ROPE | {"factor": 32.0}, True),
     "llama32_3b": (131072, LLAMA3_ROPE | {"factor": 32.0}, True),
     "llama33_70b": (131072, LLAMA3_ROPE | {"factor": 8.0}, False),
@@ -410,6 +412,61 @@ def test_the_configuration_is_that_of_the_generation(name, converted):
     assert config.intermediate_size == ffn_rows(params)
     assert config.vocab_size == len(weights["tok_embeddings.weight"])
     assert config.dtype == GENERATIONS[name][3].get("dtype", torch.bfloat16)
+
+
+def params_of(dim: int, n_layers: int, n_heads: int, **others) -> dict:
+    return {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "multiple_of": 256, "norm_eps": 1e-5, **others}
+
+
+# What Meta's params.json state, the feed-forward size and number of parameters that are published, and the shards.
+OLD, NEW = {"vocab_size": 32000}, {"vocab_size": 128256, "n_kv_heads": 8, "rope_theta": 500000.0}
+PUBLISHED = {
+    "LLaMA 7B": (params_of(4096, 32, 32, **OLD), 11008, 6738415616, 1),
+    "LLaMA 13B": (params_of(5120, 40, 40, **OLD), 13824, 13015864320, 2),
+    "LLaMA 30B": (params_of(6656, 60, 52, **OLD), 17920, 32528943616, 4),
+    "LLaMA 65B": (params_of(8192, 80, 64, **OLD), 22016, 65285660672, 8),
+    "Llama 2 70B": (
+        params_of(8192, 80, 64, **OLD, n_kv_heads=8, ffn_dim_multiplier=1.3) | {"multiple_of": 4096},
+        28672,
+        68976648192,
+        8,
+    ),
+    "Code Llama 34B": (params_of(8192, 48, 64, **OLD, n_kv_heads=8, ffn_dim_multiplier=1.0), 22016, 33743970304, 4),
+    "Llama 3 8B": (
+        params_of(4096, 32, 32, **NEW, ffn_dim_multiplier=1.3) | {"multiple_of": 1024},
+        14336,
+        8030261248,
+        1,
+    ),
+    "Llama 3.1 70B": (
+        params_of(8192, 80, 64, **NEW, ffn_dim_multiplier=1.3) | {"multiple_of": 4096},
+        28672,
+        70553706496,
+        8,
+    ),
+    "Llama 3.1 405B": (
+        params_of(16384, 126, 128, **NEW, ffn_dim_multiplier=1.2) | {"multiple_of": 4096},
+        53248,
+        405853388800,
+        16,
+    ),
+    "Llama 3.2 1B": (params_of(2048, 16, 32, **NEW, ffn_dim_multiplier=1.5), 8192, 1235814400, 1),
+    "Llama 3.2 3B": (params_of(3072, 28, 24, **NEW, ffn_dim_multiplier=1.0), 8192, 3212749824, 1),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_sizes_are_those_of_the_published_model(name):
+    """From params.json alone, and again from the params.json that is written for the way back."""
+    params, intermediate_size, num_parameters, num_shards = PUBLISHED[name]
+    tied = "3.2" in name
+    config = converter.config_of_params(params, params["vocab_size"], tied, None)
+    assert config.intermediate_size == intermediate_size
+    weights = converter.list_weights(config, "Llama 3" in name)
+    converter.check_division(config, weights, num_shards, "")
+    assert sum(math.prod(weight.shape) for weight in weights[: -1 if tied else None]) == num_parameters
+    again = converter.config_of_params(converter.params_of_config(config), config.vocab_size, tied, None)
+    assert again.to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
@@ -746,6 +803,7 @@ def test_the_way_back_reads_several_files_and_damaged_ones_are_refused(converted
         ("conversion_report.json", "[]"),
         ("conversion_report.json", '{"meta": {"params": {"dim": 64}, "num_shards": "two"}}'),
         ("config.json", "{"),
+        ("config.json", '{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}'),  # code that must not run
         (
             "config.json",
             (hf / "config.json").read_text().replace('"num_attention_heads": 8', '"num_attention_heads": 0'),

@@ -40,7 +40,7 @@ def test_the_parameters_are_those_of_transformers_model(name):
     ("strategy", "changes"),
     [
         ("FSDP", {"rows": 2, "checkpointing": True, "gpus": 2}),
-        ("FSDP+LoRA", {"rows": 2}),
+        pytest.param("FSDP+LoRA", {"rows": 2}, marks=pytest.mark.slow),
         ("pp", {"rows": 2, "gpus": 1}),
         pytest.param("FSDP", {"rows": 2}, marks=pytest.mark.slow),
         # Few tokens: the gradients are the worst moment.

@@ -1042,10 +1042,8 @@ def print_plan(args: Arguments, model: Model, gpu: GPU, rows: list[dict]) -> Non
 
 
 def print_scaling(table: list[dict]) -> None:
-    print(
-        "\nFSDP over all machines, and hybrid sharding (HSDP), for which the scripts have no flag: shards over a group of"
-    )
-    print("machines, copies over the groups")
+    print("\nFSDP over all machines, and hybrid sharding (HSDP), for which the scripts have no flag:")
+    print("shards over a group of machines, copies over the groups")
     print(f"{'machines':>9}{'rows a step':>13}{'FSDP hours':>12}{'HSDP hours':>12}{'machines of its group':>23}")
     for line in table:
         hours = (f"{line[name]:>12.2f}" if line[name] else f"{'-':>12}" for name in ("fsdp_hours", "hsdp_hours"))

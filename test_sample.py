@@ -111,11 +111,11 @@ def check_arguments(args: Arguments):
         attempt("peft_path", check_adapter, args, config)
     if args.compare:
         attempt("compare", AutoConfig.from_pretrained, args.compare)
-    rows = [] if args.chat else attempt("prompt" if args.prompt else "test_path", read_rows, args) or []
+    source = "test_path" if args.prompt is None and not args.chat else "prompt"
+    rows = [] if args.chat else attempt(source, read_rows, args) or []
     template = attempt("template_path", find_template, args, receipt, tokenizer, rows) if tokenizer else None
     prompts = []
     if template:
-        source = "prompt" if args.prompt or args.chat else "test_path"
         prompts = attempt(source, encode_rows, args, config, tokenizer, template, rows)
     if args.output:
         attempt("output", check_output, args)
@@ -137,7 +137,7 @@ def find_mistakes(args: Arguments) -> list[str]:
     for name in SAMPLING[:4]:
         if getattr(args, name) is not None and not args.do_sample:
             mistakes.append(f"--{name} {getattr(args, name)}: without --do_sample True nothing is drawn")
-    if args.chat and (args.prompt or args.output or args.compare):
+    if args.chat and (args.prompt is not None or args.output or args.compare):
         mistakes.append("--chat True: leave out --prompt, --output and --compare; /save FILE keeps a conversation")
     if args.resume and not args.output:
         mistakes.append("--resume True: name the --output to go on with")
@@ -232,7 +232,7 @@ def check_adapter(args: Arguments, config) -> None:
 
 def read_rows(args: Arguments) -> list[dict]:
     """The rows that are to be answered; --prompt becomes a row of its own."""
-    if args.prompt:
+    if args.prompt is not None:
         text = sys.stdin.read() if args.prompt == "-" else args.prompt
         if not text.strip():
             raise ValueError("it is empty")
@@ -304,10 +304,15 @@ def encode_rows(args: Arguments, config, tokenizer, template: dict, rows: list[d
         except (KeyError, TypeError, IndexError) as problem:
             raise ValueError(f"row {number} lacks {problem}, which {template['format']} rows have") from None
         num_tokens = virtual + len(prompts[-1])
-        if num_tokens >= config.max_position_embeddings:
+        if num_tokens >= context_length(config):
             raise ValueError(f"row {number} has {num_tokens} tokens, which leaves no room for an answer: the model can "
-                             f"attend to {config.max_position_embeddings}; shorten or leave out the row")  # fmt: skip
+                             f"attend to {context_length(config)}; shorten or leave out the row")  # fmt: skip
     return prompts
+
+
+def context_length(config) -> int:
+    """The most tokens that the model can attend to; a configuration that does not say so sets no limit."""
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def check_output(args: Arguments) -> None:
@@ -455,7 +460,7 @@ def find_stop_ids(model, tokenizer) -> list[int]:
 def find_room(model, prompt: list[int]) -> int:
     """The tokens that the model's context leaves for an answer."""
     virtual = model.active_peft_config.num_virtual_tokens if has_virtual_tokens(model) else 0
-    return model.config.max_position_embeddings - virtual - len(prompt)
+    return context_length(model.config) - virtual - len(prompt)
 
 
 @torch.no_grad()
@@ -553,7 +558,8 @@ def count_finished(args: Arguments, prompts: list[str]) -> int:
     num_rows = len(lines) if len(lines) == len(prompts) else len(lines) // window_size * window_size
     for number, line in enumerate(lines[:num_rows]):
         row = json.loads(line)
-        if number >= len(prompts) or row["prompt"] != prompts[number] or row["settings"] != fingerprint(args):
+        expected = (prompts[number], fingerprint(args)) if number < len(prompts) else None
+        if not isinstance(row, dict) or (row.get("prompt"), row.get("settings")) != expected:
             raise ValueError(f"--resume True: {path}, line {number + 1}, has another prompt or was made with other "
                              "flags; choose another --output")  # fmt: skip
     if path.is_file():
@@ -674,7 +680,7 @@ def answer_turn(args: Arguments, model, tokenizer, template: dict, messages: lis
     ids = encode_prompt(tokenizer, [*messages, turn], template)
     if find_room(model, ids) < 1:
         print(f"the conversation has {len(ids)} tokens, and the model can attend to "
-              f"{model.config.max_position_embeddings}; /reset begins anew")  # fmt: skip
+              f"{context_length(model.config)}; /reset begins anew")  # fmt: skip
         return
     printer = Printer(tokenizer)
     try:

@@ -398,3 +398,19 @@ def test_the_newest_adapter_answers_with_the_template_of_its_run(mode, tmp_path)
     assert f"model {model}, adapter {tmp_path / 'out'}" in completed.stdout
     assert completed.stdout.count("answer:") == 3
     assert f"A. {QUESTIONS[0]['ending0']}" in completed.stdout  # the letters of --answer letter, from run.json
+
+
+@pytest.mark.slow
+def test_an_adapter_on_a_4_bit_base_answers_as_it_was_trained(tmp_path, monkeypatch, capsys):
+    """run.json says that the base was in 4 bit: then it is here, too, and its answers are not those of 32 bit."""
+    pytest.importorskip("bitsandbytes")
+    tiny = save_tiny_model(tmp_path / "model", num_layers=2)
+    save_adapter("lora", tiny, tmp_path / "adapter")
+    template = tokenize_dataset.make_template(tokenize_dataset.Arguments(), False)
+    receipt = {"arguments": {"load_in_4bit": True}, "dataset": {"template": template}}
+    (tmp_path / "adapter" / "run.json").write_text(json.dumps(receipt))
+    flags = ["--peft_path", tmp_path / "adapter", "--num_samples", 4, "--max_new_tokens", 12]
+    flags += ["--test_path", ROOT / "data_sample" / "triage_test.jsonl"]
+    answers = [run_main(monkeypatch, capsys, *flags, "--load_in_4bit", choice).partition("--- 1")[2]
+               for choice in ("auto", "True", "False")]  # fmt: skip
+    assert answers[0] == answers[1] != answers[2]

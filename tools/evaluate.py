@@ -127,13 +127,14 @@ def read_set(args: Arguments) -> TestSet:
     if args.shots and kind != "multiple_choice":
         raise ValueError("--shots needs questions with options; tokenize with --format mcq and --packing False")
     shots = draw_shots(args, tokenizer) if args.shots else []
+    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
     if checked.has_documents:
-        args.window = min(args.window, config.max_position_embeddings)
+        args.window = min(args.window, context)
     else:
         longest = len(shots) + max(len(ids) for ids in rows["input_ids"])
-        if longest > config.max_position_embeddings:
+        if longest > context:
             raise ValueError(f"a row has {longest} tokens, shots included, and the model can attend to "
-                             f"{config.max_position_embeddings}; tokenize with a lower --max_length")  # fmt: skip
+                             f"{context}; tokenize with a lower --max_length")  # fmt: skip
     return TestSet(kind, rows, tokenizer, ledger, shots)
 
 

@@ -116,7 +116,7 @@ def check_arguments(args: Arguments):
     config, tokenizer = attempt("model_path", load_config) or (None, None)
     if config and (config.model_type not in MODEL_TYPES or config.num_hidden_layers < num_stages):
         mistakes.append(f"--model_path {args.model_path}: {config.num_hidden_layers} {config.model_type} layers cannot "
-                        f"be {num_stages} stages; start fewer processes, or choose {', '.join(MODEL_TYPES)}")  # fmt: skip
+                        f"be {num_stages} stages; start fewer, or choose from {', '.join(MODEL_TYPES)}")  # fmt: skip
     passage = args.random_passage * args.passage_length  # 0: none
     dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer, passage, args.seed)
     eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer, passage)
@@ -307,15 +307,14 @@ def run_pipeline(args: Arguments, stage: Stage, batch: dict[str, torch.Tensor], 
         On the last stage the summed loss of all targets, divided by `num_targets`; elsewhere 0.
     """
     batch = {name: tensor.to(stage.device) for name, tensor in batch.items()}
-    num_micro_batches = args.gradient_accumulation_steps
-    ids = batch["input_ids"].chunk(num_micro_batches)[0]
+    ids = batch["input_ids"].chunk(args.gradient_accumulation_steps)[0]
     hidden = torch.empty(*ids.shape, stage.config.hidden_size, dtype=stage.dtype, requires_grad=True, device="meta")
     loss = torch.empty((), requires_grad=True, device="meta")
     shapes = ids if stage.is_first else hidden, loss if stage.is_last else hidden
     part = PipelineStage(stage, stage.rank, stage.num_stages, stage.device, *shapes)
-    schedule_class = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}[args.pipeline_schedule]
+    kind = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}[args.pipeline_schedule]
     # The loss is divided once by the targets of the whole step, and not again by the number of micro-batches.
-    schedule = schedule_class(part, num_micro_batches, lambda loss, labels: loss / num_targets, scale_grads=False)
+    schedule = kind(part, args.gradient_accumulation_steps, lambda loss, labels: loss / num_targets, scale_grads=False)
     first, losses = [batch.pop("input_ids")] * stage.is_first, []  # the other stages get theirs from the one before
     run = schedule.step if torch.is_grad_enabled() else schedule.eval
     run(*first, **batch, target=batch["labels"], losses=losses, return_outputs=False)
@@ -435,8 +434,8 @@ def load_checkpoint(checkpoint: Path, stage: Stage, optimizer, lr_scheduler) -> 
     parts = read_stages(checkpoint)
     for name, weight in stage.trained.items():
         weight.data.copy_(parts[f"weight.{name}"])
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        optimizer.state[weight] = {key: parts[f"{key}.{name}"].to(weight.device, copy=True) for key in keys}
+        saved = {key: parts[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        optimizer.state[weight] = {key: tensor.to(weight.device, copy=True) for key, tensor in saved.items()}
     if len(list(checkpoint.glob("stage-*"))) == stage.num_stages:
         (torch.cuda if stage.device.type == "cuda" else torch).set_rng_state(parts[f"random.{stage.rank}"])
     state = json.loads((checkpoint / "trainer_state.json").read_text())
@@ -448,7 +447,7 @@ def load_checkpoint(checkpoint: Path, stage: Stage, optimizer, lr_scheduler) -> 
 
 def save_model(args: Arguments, model, tokenizer, checkpoint: Path, folder: Path) -> None:
     """Joins the stages' files in Hugging Face's or PEFT's format; every tensor is read back and compared."""
-    trained = {name[7:]: t for name, t in read_stages(checkpoint).items() if name.startswith("weight.")}
+    trained = {n.removeprefix("weight."): t for n, t in read_stages(checkpoint).items() if n.startswith("weight.")}
     model.config.tie_word_embeddings = HEAD not in trained
     model.save_pretrained(folder, state_dict=dict(trained), save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
@@ -471,7 +470,7 @@ def watch_neighbour(group: dist.ProcessGroup, done: threading.Event) -> None:
         dist.recv(torch.zeros(1), neighbour, group)  # nothing is ever sent; it fails when the connection ends
     except RuntimeError:
         if not done.is_set():
-            os.write(2, f"error: rank {rank} ends because rank {neighbour} has ended\n".encode())
+            os.write(2, f"\nerror: rank {rank} ends because rank {neighbour} has ended\n".encode())
             os._exit(1)
 
 
@@ -493,7 +492,7 @@ def main() -> None:
     if dist.get_world_size() > 1:
         threading.Thread(target=watch_neighbour, args=(group, done), daemon=True).start()
     # A neighbour's death may be the reason, and then its watch ends this process with a message.
-    sys.excepthook = lambda *problem: (time.sleep(1), sys.__excepthook__(*problem), os._exit(1))
+    sys.excepthook = lambda *problem: (time.sleep(5), sys.__excepthook__(*problem), os._exit(1))
     set_seed(args.seed)
     stage, model = load_stage(args, config, sampler, device)
     started, output_dir = time.perf_counter(), Path(args.output_dir)
@@ -503,13 +502,14 @@ def main() -> None:
     if not message:
         if is_first:
             save_model(args, model, tokenizer, checkpoint, output_dir)
-        facts = {"wall_time_seconds": (seconds := time.perf_counter() - started)}
-        facts["tokens_per_second"] = num_tokens / seconds
+        seconds = time.perf_counter() - started
+        facts = {"wall_time_seconds": seconds, "tokens_per_second": num_tokens / seconds}
         data_collator.write_receipt(output_dir, asdict(args), sampler, [str(device)], facts)
     done.set()
     dist.barrier()
     if message:
-        sys.exit(message if is_first else 1)
+        print(message * is_first, file=sys.stderr, flush=True)
+        os._exit(1)  # as in data_collator.leave
 
 
 if __name__ == "__main__":

@@ -5,13 +5,38 @@ Runs are started as in test_trainers.py: forked from a process that has imported
 
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from conftest import random_rows, save_rows, save_tiny_model
+from conftest import ROOT, make_tokenizer, random_rows, run_script, save_rows, save_tiny_model
+from safetensors import safe_open
 from test_equivalence import ASSERTED, MODES, deviations, pack, weights_before
-from test_trainers import STRATEGIES, Runs
+from test_launchers import command_of, text_of
+from test_trainers import (
+    NUM_STEPS,
+    STRATEGIES,
+    Runs,
+    assert_identical,
+    history_of,
+    kill,
+    losses_of,
+    newest_complete,
+    steps_with,
+    weights_of,
+)
+from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import data_collator
+import finetune_pp
+import finetune_pp_1f1b
+from finetune_pp_1f1b import place_layers
 
 STRATEGIES["1F1B"] = ("finetune_pp_1f1b", [])
 STRATEGIES["1F1B+LoRA"] = ("finetune_pp_1f1b", ["--lora_used", "True"])
@@ -76,3 +101,314 @@ def test_any_number_of_stages_trains_what_one_process_trains(num_ranks, lora, ro
     largest = deviations(out, reference(runs, lora, rows, tied), start_of(runs, lora, rows, tied))
     print(f"{num_ranks} stages, {'LoRA' if lora else 'full'}, {rows}, tied {tied}: {largest}")
     assert {name: value for name, value in largest.items() if not value <= ASSERTED[name]} == {}
+
+
+def dump_gradients(module, folder) -> None:
+    """A probe: each rank writes the gradients of the first step by name, before the optimizer has them."""
+    original = module.make_optimizer
+
+    def make_optimizer(args, stage, num_steps):
+        optimizer, lr_scheduler = original(args, stage, num_steps)
+
+        def dump(*_):
+            path = folder / f"gradients-{stage.rank}.pt"
+            if not path.exists():
+                torch.save({name: weight.grad.clone() for name, weight in stage.trained.items()}, path)
+
+        optimizer.register_step_pre_hook(dump)
+        return optimizer, lr_scheduler
+
+    module.make_optimizer = make_optimizer
+
+
+@pytest.mark.parametrize(("num_ranks", "tied"), [(2, True), slow(3, False), slow(3, True), slow(4, False)])
+def test_the_gradients_of_the_first_step_are_those_of_one_process_tensor_by_tensor(num_ranks, tied, runs, tmp_path):
+    """Not clipped. Each tensor has one owner, but for a tied head: both of its ends have the same sum."""
+    flags = [*data_flags("padding-free", tied), "--max_steps", 1, "--max_grad_norm", 1e9]
+    runs.train("1F1B", num_ranks, tmp_path / "run", *MICRO, *flags, probe=(dump_gradients, tmp_path))
+    parts = [torch.load(tmp_path / f"gradients-{rank}.pt") for rank in range(num_ranks)]
+    gradients = {name: gradient for part in parts for name, gradient in part.items()}
+    assert sum(map(len, parts)) == len(gradients) + tied
+    if tied:
+        assert torch.equal(parts[0][finetune_pp_1f1b.EMBEDDING], parts[-1][finetune_pp_1f1b.EMBEDDING])
+
+    given = runs.flags("plain", tmp_path / "none", *flags, "--per_device_train_batch_size", 8)
+    (args,) = finetune_pp.HfArgumentParser(finetune_pp.Arguments).parse_args_into_dataclasses(given)
+    config, _, sampler, _, _ = finetune_pp.check_arguments(args)
+    cpu = torch.device("cpu")
+    model = finetune_pp.load_model(args, config, None, [cpu])
+    batch = data_collator.DataCollator(True)(sampler.rows_of(0))
+    finetune_pp.forward(model, batch, cpu, False, data_collator.num_targets(batch)).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--pipeline_schedule", "gpipe"], ["--gradient_checkpointing", "True"]])
+def test_neither_the_schedule_nor_checkpointing_changes_what_is_trained(flags, runs, tmp_path):
+    for strategy in ("1F1B", "1F1B+LoRA"):
+        common = ["--max_steps", 4, *MICRO]
+        runs.train(strategy, 2, tmp_path / strategy, *common)
+        runs.train(strategy, 2, tmp_path / f"{strategy} other", *common, *flags)
+        assert losses_of(tmp_path / f"{strategy} other") == pytest.approx(losses_of(tmp_path / strategy), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config_class", "model_class"),
+    [(MistralConfig, MistralForCausalLM), (Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)],
+)
+def test_each_architecture_can_be_cut(config_class, model_class, runs, tmp_path):
+    """Whatever its forward does beside embedding, layers, norm and head would be seen in the loss."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+    config = config_class(
+        **sizes, initializer_range=0.2, sliding_window=8, use_sliding_window=True, max_window_layers=2
+    )
+    assert config.model_type in finetune_pp_1f1b.MODEL_TYPES
+    model_class(config).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    flags = ["--model_path", tmp_path / "model", "--max_steps", 3]
+    runs.train("plain", 1, tmp_path / "plain", *flags, "--per_device_train_batch_size", 8)
+    runs.train("1F1B", 2, tmp_path / "run", *flags, *MICRO)
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Which layers a rank owns
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def test_no_other_cut_is_faster_and_equal_ones_are_preferred():
+    for num_layers, num_stages, head in itertools.product(range(1, 9), range(1, 5), (0, 0.3, 1, 2.5, 20)):
+        if num_stages > num_layers:
+            continue
+        blocks = place_layers(num_layers, num_stages, head)
+        assert [i for block in blocks for i in block] == list(range(num_layers))
+        assert len(blocks) == num_stages and all(blocks)
+
+        def slowest(sizes, head=head):
+            return max(*sizes[:-1], sizes[-1] + head)
+
+        cuts = itertools.combinations(range(1, num_layers), num_stages - 1)
+        sizes = [[b - a for a, b in itertools.pairwise([0, *cut, num_layers])] for cut in cuts]
+        if num_stages > 1:
+            assert slowest([len(block) for block in blocks]) == min(map(slowest, sizes))
+    assert [len(block) for block in place_layers(8, 4, 0)] == [2, 2, 2, 2]
+    assert [len(block) for block in place_layers(30, 2, 8)] == [19, 11]  # a head that costs eight layers
+
+
+def report_block(module, folder) -> None:
+    """A probe: each rank writes the names and sizes of its parameters and what it needed to load them, and ends."""
+    original = module.load_stage
+
+    def load_stage(*args):
+        before = psutil.Process().memory_info().rss
+        stage, model = original(*args)
+        own = {name: parameter.numel() for name, parameter in stage.named_parameters()}
+        facts = {"own": own, "rss": psutil.Process().memory_info().rss - before}
+        (folder / f"block-{stage.rank}.json").write_text(json.dumps(facts))
+        return stage, model
+
+    module.load_stage = load_stage
+
+
+def test_a_rank_has_its_own_layers_and_nothing_else(runs, tmp_path):
+    flags = [*data_flags("padded", False), "--max_steps", 1]
+    runs.train("1F1B", 2, tmp_path / "run", *MICRO, *flags, probe=(report_block, tmp_path))
+    blocks = [json.loads((tmp_path / f"block-{rank}.json").read_text())["own"] for rank in range(2)]
+    with safe_open(runs.parts["deep tied=False"] / "model.safetensors", framework="pt") as file:
+        assert sorted([*blocks[0], *blocks[1]]) == sorted(file.keys())
+    assert "model.embed_tokens.weight" in blocks[0] and "lm_head.weight" in blocks[1]
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Checkpoints, and how ranks end
+# -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("strategy", "num_ranks"), [("1F1B+LoRA", 2), slow("1F1B", 2), slow("1F1B+LoRA", 3)])
+def test_resumed_with_as_many_stages_it_is_the_same_run_bit_for_bit(strategy, num_ranks, runs, tmp_path):
+    """In the middle of an epoch, with dropout."""
+    flags = [*MICRO, "--model_path", "{deep tied=True}"]
+    whole = runs.whole(strategy, num_ranks, *flags)
+    resume = ["--resume_from_checkpoint", whole / "checkpoint-5"]
+    runs.train(strategy, num_ranks, tmp_path / "out", "--max_steps", NUM_STEPS, *flags, *resume)
+    assert_identical(tmp_path / "out", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "tied"), [("1F1B", True), ("1F1B", False), ("1F1B+LoRA", False)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3), (4, 2)])
+def test_resumed_with_another_number_of_stages_the_losses_stay_the_same(strategy, tied, before, after, runs, tmp_path):
+    flags = [*MICRO, "--model_path", f"{{deep tied={tied}}}", *(MODES["lora"] if "LoRA" in strategy else [])]
+    whole = runs.whole(strategy, before, *flags)
+    resume = ["--resume_from_checkpoint", whole / "checkpoint-5"]
+    runs.train(strategy, after, tmp_path / "out", "--max_steps", NUM_STEPS, *flags, *resume)
+    assert losses_of(tmp_path / "out") == pytest.approx(losses_of(whole), rel=1e-5)
+    assert weights_of(tmp_path / "out").keys() == weights_of(whole).keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["1F1B", "1F1B+LoRA"])
+def test_killed_while_saving_and_resumed_equals_uninterrupted_bit_for_bit(strategy, runs, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--max_steps", NUM_STEPS, "--save_steps", 1, "--resume_from_checkpoint", "True", *MICRO]
+    for _ in range(3):  # a kill that comes a millisecond late finds the checkpoint complete
+        if kill(runs.launch(strategy, out, *flags), out, True, after_step=4):
+            break
+    last = newest_complete(out)
+    assert 4 <= last < NUM_STEPS and steps_with(out) - steps_with(out, "complete.json") == {last + 1}
+    resumed = runs.train(strategy, 2, out, *flags)
+    assert f"ignoring {out}/checkpoint-{last + 1}: it has no complete.json" in resumed.output
+    assert_identical(out, runs.whole(strategy, 2, *MICRO))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("receiver", ["torchrun", "one rank", "all ranks"])
+def test_sigterm_saves_a_checkpoint_and_the_next_start_goes_on(receiver, runs, tmp_path):
+    out, flags = tmp_path / "out", ["--max_steps", NUM_STEPS, "--save_steps", 4, *MICRO]
+    launched = receiver == "torchrun"
+    run = runs.launch("1F1B", out, *flags) if launched else runs.start("1F1B", 2, out, *flags)
+    while newest_complete(out) < 4 and run.is_alive():
+        time.sleep(0.002)
+    for process in [run.torchrun] if launched else run.workers()[receiver == "one rank" :]:
+        process.send_signal(signal.SIGTERM)
+    run.finish(check=False)
+    step = newest_complete(out)
+    assert 0 not in run.codes and 4 < step < NUM_STEPS, run.output
+    line = f"SIGTERM: step {step} is saved; --resume_from_checkpoint True goes on from there"
+    assert run.output.count("SIGTERM: step") == run.output.count(line) == 1
+    assert not (out / "run.json").exists()
+    runs.train("1F1B", 2, out, *flags, "--resume_from_checkpoint", "True")
+    assert_identical(out, runs.whole("1F1B", 2, *MICRO))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_one_rank_killed_ends_all_ranks_with_a_message_that_names_it(victim, runs, tmp_path):
+    """Nobody tells the others: they are no children of torchrun here."""
+    out = tmp_path / "out"
+    run = runs.start("1F1B", 3, out, *MICRO, "--max_steps", 5000, "--save_steps", 5)
+    while newest_complete(out) < 5 and run.is_alive():
+        time.sleep(0.05)
+    processes, killed = run.workers(), time.monotonic()
+    processes[victim].kill()
+    assert psutil.wait_procs(processes, timeout=60)[1] == [], run.log.read_text()
+    print(f"rank {victim} of 3 killed: all ranks have ended after {time.monotonic() - killed:.1f} s")
+    run.finish(check=False)
+    assert f"error: rank {(victim - 1) % 3} ends because rank {victim} has ended" in run.output
+    assert 0 not in run.codes and not (out / "run.json").exists()
+    assert data_collator.find_damage(out / f"checkpoint-{newest_complete(out)}") is None
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_all_ranks(runs, tmp_path):
+    flags = ["--learning_rate", 1e30, "--warmup_steps", 0, "--max_steps", 50, "--save_steps", 1]
+    stopped = runs.train("1F1B", 2, tmp_path / "out", *MICRO, *flags, check=False)
+    assert 0 not in stopped.codes and "Traceback" not in stopped.output
+    assert stopped.output.count("lower --learning_rate") == 1
+    assert newest_complete(tmp_path / "out") >= 1 and not (tmp_path / "out" / "run.json").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Users' mistakes, the launcher, two machines
+# -------------------------------------------------------------------------------------------------------------------
+
+THREE = {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}
+MISTAKES = [
+    ("--gradient_accumulation_steps 2", THREE, "--gradient_accumulation_steps 2: | each of the 3 stages | 12 of them"),
+    (
+        "--gradient_accumulation_steps 8",
+        THREE,
+        "--model_path {untied}: 2 llama layers cannot be 3 stages | start fewer",
+    ),
+    ("--model_path {gpt2}", {}, "--model_path {gpt2}: 2 gpt2 layers cannot be 1 stages | choose from llama, mistral"),
+    ("--pipeline_schedule zigzag", {}, "--pipeline_schedule zigzag: choose from 1f1b|gpipe"),
+    (
+        "--lora_used True --lora_target_modules q_proj,query",
+        {},
+        "--lora_target_modules query is no part of every layer",
+    ),
+    ("--lora_used True --lora_target_modules layers.0.mlp.up_proj", {}, "layers.0.mlp.up_proj is no part of every"),
+    ("--lora_used True --lora_target_modules lm_head", {}, "lm_head is no part of every layer"),
+    ("--lora_used True --lora_rank 0", {}, "--lora_rank 0: | > 0"),
+    ("--peft_mode prefix", {}, "--peft_mode | prefix | --help"),
+    ("--model_path {none}", {}, "--model_path {none}: | no such folder | quickstart.sh"),
+    ("--resume_from_checkpoint {none}", {}, "--resume_from_checkpoint {none}: | no complete.json"),
+    ("--bf16 yes --save_steps 0", {}, "--bf16 yes: | --save_steps 0:"),
+]
+
+
+@pytest.mark.parametrize(("flags", "environment", "named"), MISTAKES)
+def test_a_mistake_ends_before_weights_are_loaded(flags, environment, named, tmp_path_factory, tmp_path, monkeypatch):
+    folder = tmp_path_factory.getbasetemp() / "mistakes"
+    places = {"untied": folder / "model", "gpt2": folder / "gpt2", "none": folder / "none"}
+    if not folder.exists():
+        save_rows(random_rows(4), folder / "rows")
+        (save_tiny_model(folder / "model") / "model.safetensors").write_bytes(b"not weights")
+        make_tokenizer().save_pretrained(folder / "gpt2")
+        (folder / "gpt2" / "config.json").write_text('{"model_type": "gpt2", "n_layer": 2, "vocab_size": 300}')
+        (folder / "gpt2" / "model.safetensors").write_bytes(b"not weights")
+    given = flags.format(**places).split()
+    defaults = {"--model_path": places["untied"], "--dataset_path": folder / "rows", "--output_dir": tmp_path / "out"}
+    given += [str(word) for name, value in defaults.items() if name not in given for word in (name, value)]
+    monkeypatch.setattr(sys, "argv", ["finetune_pp_1f1b.py", *given, "--use_cpu", "True"])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        finetune_pp_1f1b.main()
+    message = str(stopped.value.code)
+    assert message.startswith("error: ")
+    for part in named.split(" | "):
+        assert part.format(**places) in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_launcher_passes_flags_of_the_script_and_says_what_the_bubble_costs():
+    words = command_of("finetune_pp_1f1b")
+    passed = words[words.index("finetune_pp_1f1b.py") + 1 : -1]
+    parser = finetune_pp_1f1b.HfArgumentParser(finetune_pp_1f1b.Arguments, allow_abbrev=False)
+    (args,) = parser.parse_args_into_dataclasses([*passed, "--use_cpu", "True"])
+    rows, micro_batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    header = text_of("finetune_pp_1f1b.sh")
+    assert f"{rows} rows x {micro_batches} micro-batches = {rows * micro_batches} rows" in header
+    stages = 8
+    bubble = (stages - 1) / (micro_batches + stages - 1)
+    assert f"= {stages - 1} / {micro_batches + stages - 1} = {bubble:.0%}".replace("%", " %") in header
+
+
+@pytest.mark.slow
+def test_the_launcher_trains(runs, tmp_path):
+    places = {"MODEL": runs.parts["untied"], "DATASET": runs.parts["rows"], "OUTPUT_DIR": tmp_path / "out put"}
+    environment = os.environ | {name: str(path) for name, path in places.items()} | {"USE_CPU": "1", "NUM_GPUS": "2"}
+    command = ["sh", "scripts/finetune_pp_1f1b.sh", "--bf16", "False", "--max_steps", "2", "--lora_used", "True"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    receipt = json.loads((tmp_path / "out put" / "run.json").read_text())
+    assert receipt["world_size"] == 2 and receipt["identity"]["rows_per_step"] == 128
+    assert len(losses_of(tmp_path / "out put")) == 2 and any((tmp_path / "out put" / "runs").iterdir())
+    run_script("test_sample.py", "--help")
+
+
+@pytest.mark.slow
+def test_two_machines_train_what_two_processes_train(runs, tmp_path):
+    import test_two_machines as machines
+
+    try:
+        with machines.two_machines():
+            pass
+    except OSError as problem:
+        pytest.skip(f"no network namespaces here: {problem}")
+    flags = [*map(str, ("--bf16", "False", "--report_to", "none", "--max_steps", 6, "--learning_rate", 1e-2)), *MICRO]
+    data = {"MODEL": runs.parts["tied"], "DATASET": runs.parts["rows"]}
+    with machines.two_machines() as names:
+        variables = data | {"OUTPUT_DIR": tmp_path / "two"}
+        machines.run_on_two_machines(names, "finetune_pp_1f1b", list(map(str, flags)), tmp_path, **variables)
+        sent = [machines.bytes_sent(name) for name in names]
+    runs.train("1F1B", 2, tmp_path / "one", *flags, "--model_path", "{tied}")
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+    assert len(history_of(tmp_path / "two")) == 6 and min(sent) > 0
+    print(f"two machines: bytes sent over the cable {sent}")

@@ -1,9 +1,9 @@
 """Checks that llama.cpp continues prompts from a GGUF file with the same tokens as transformers from the merged folder.
 
-    python tools/check_llama_cpp.py outputs/merged/model-f32.gguf
+    python tools/check_llama_cpp.py outputs/gguf/model-f16.gguf outputs/merged
 
-The folder of the file holds the model it was made from (tools/merge_lora.py --gguf writes both). llama.cpp gets an
-environment of its own, outputs/environments/llama_cpp, because it is no part of this toolkit: llama-cpp-python from
+The second path is the folder that the file was made from; without it, the folder in which the file lies. llama.cpp gets
+an environment of its own, outputs/environments/llama_cpp, because it is no part of this toolkit: llama-cpp-python from
 PyPI, which is compiled for some minutes (CMake and a C++ compiler are needed) and then kept.
 
 Each prompt is tokenised by both programs, with BOS and special tokens, and the ids are compared; then both continue it
@@ -65,21 +65,23 @@ def run_llama_cpp(gguf: Path, texts: list[str]) -> list[dict]:
 
 
 def main() -> None:
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
-        sys.exit("error: name a file that tools/merge_lora.py --gguf wrote, such as outputs/merged/model-f32.gguf")
+    if len(sys.argv) not in (2, 3) or not Path(sys.argv[1]).is_file():
+        sys.exit("error: name a file that tools/merge_lora.py --gguf wrote, such as outputs/gguf/model-f16.gguf, and the "
+                 "folder of the model that it was made from")  # fmt: skip
     gguf = Path(sys.argv[1])
-    if not (gguf.parent / "config.json").is_file():
-        sys.exit(f"error: {gguf.parent} has no model beside the GGUF file; merge an adapter with --gguf")
+    folder = Path(sys.argv[2]) if len(sys.argv) == 3 else gguf.parent
+    if not (folder / "config.json").is_file():
+        sys.exit(f"error: {folder} holds no model; name the one that {gguf} was made from behind it")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = list(PROMPTS)
     if tokenizer.chat_template:
         message = {"role": "user", "content": PROMPTS[0]}
         texts.append(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
     results = run_llama_cpp(gguf, texts)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     allowed = 1e-3 if "f32" in gguf.name else 1e-2
     num_wrong = 0
     for text, result in zip(texts, results, strict=True):

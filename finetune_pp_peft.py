@@ -12,6 +12,7 @@ complete.json), trainer_state.json (the loss curve), runs/ (TensorBoard) and las
 
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -88,6 +89,8 @@ def check_arguments(args: Arguments):
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
     """
     mistakes = data_collator.find_mistakes(args)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        mistakes.append("torchrun: this script is one process; finetune_pp_1f1b.py is a pipeline over several")
 
     def attempt(name: str, action, *context):
         value = getattr(args, name)

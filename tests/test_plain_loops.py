@@ -595,6 +595,16 @@ def test_a_mistake_ends_before_weights_are_loaded(name, flags, parts, broken, tm
 
 
 @pytest.mark.parametrize("name", ["finetune_pp", "finetune_pp_peft"])
+def test_several_processes_are_sent_to_the_pipeline(name, broken, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = ["--model_path", broken["model"], "--dataset_path", broken["rows"], "--output_dir", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+    with pytest.raises(SystemExit, match=r"error: torchrun: .* one process; finetune_pp_1f1b\.py"):
+        importlib.import_module(name).main()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["finetune_pp", "finetune_pp_peft"])
 def test_a_mistake_is_one_message_without_a_traceback(name, broken, tmp_path):
     flags = ["--model_path", broken["model"], "--dataset_path", broken["empty"], "--save_steps", 0]
     completed = run_script(f"{name}.py", *flags, "--output_dir", tmp_path / "out", check=False)

@@ -66,8 +66,8 @@ def run_llama_cpp(gguf: Path, texts: list[str]) -> list[dict]:
 
 def main() -> None:
     if len(sys.argv) not in (2, 3) or not Path(sys.argv[1]).is_file():
-        sys.exit("error: name a file that tools/merge_lora.py --gguf wrote, such as outputs/gguf/model-f16.gguf, and the "
-                 "folder of the model that it was made from")  # fmt: skip
+        sys.exit("error: name a file that tools/merge_lora.py --gguf wrote, such as outputs/gguf/model-f16.gguf, "
+                 "and the folder of the model that it was made from")  # fmt: skip
     gguf = Path(sys.argv[1])
     folder = Path(sys.argv[2]) if len(sys.argv) == 3 else gguf.parent
     if not (folder / "config.json").is_file():

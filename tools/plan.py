@@ -956,7 +956,12 @@ def plan_row(args: Arguments, model: Model, gpu: GPU, name: str, checkpointing: 
         if memory(model, strategy, candidate)["total"] <= usable(gpu):
             candidates.append((times(model, strategy, candidate, gpu)["step_seconds"], candidate))
     most = largest_rows(model, strategy, setup, gpu)
-    setup = min(candidates, key=lambda pair: pair[0])[1] if candidates else replace(setup, accumulation=rows_of_process)
+    if candidates:
+        # Of those within 3 % of the fastest the one with most rows: small matrices are less efficient than assumed.
+        fastest = min(seconds for seconds, _ in candidates)
+        setup = max((c for seconds, c in candidates if seconds <= 1.03 * fastest), key=lambda c: c.rows)
+    else:
+        setup = replace(setup, accumulation=rows_of_process)
     parts, row = memory(model, strategy, setup), {"strategy": name, "checkpointing": checkpointing}
     row |= {"rows_of_forward": setup.rows, "accumulation": setup.accumulation, "largest_rows_of_forward": most}
     row |= {f"{part}_bytes": round(size) for part, size in parts.items() if part != "host"}
@@ -1015,16 +1020,20 @@ def scaling(args: Arguments, model: Model, gpu: GPU) -> list[dict]:
 
 
 def print_plan(args: Arguments, model: Model, gpu: GPU, rows: list[dict]) -> None:
-    """The text table: bytes in GB (10^9) but memory of the GPU in GiB, as its maker counts."""
+    """The text table, with bytes in GB (10^9), but memory of the GPU in GiB, as its maker counts.
+
+    rows: of one forward, the fastest that fits; most: the most that fit.
+    """
     print(f"{args.model}: {model.params / 1e9:.2f} billion parameters; {args.nodes} x {args.gpus} {args.gpu}, "
           f"{usable(gpu) / GiB:.1f} of {gpu.memory / GiB:.0f} GiB usable; {args.batch} rows of "
           f"{args.sequence_length} tokens a step")  # fmt: skip
     kinds = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
-    header = f"{'strategy':20}{'ckpt':>5}{'rows':>6}" + "".join(f"{kind[:8]:>10}" for kind in kinds)
+    header = f"{'strategy':20}{'ckpt':>5}{'rows':>6}{'most':>6}" + "".join(f"{kind[:8]:>10}" for kind in kinds)
     header += f"{'GPU GiB':>9}{'host GB':>9}{'disk GB':>9}{'sent GB':>9}{'tok/s/GPU':>11}{'MFU':>6}{'hours':>8}"
     print(header + (f"{'price':>10}" if args.price_per_gpu_hour else "") + "  verdict")
     for row in rows:
         line = f"{row['strategy']:20}{'yes' if row['checkpointing'] else 'no':>5}{row['rows_of_forward']:>6}"
+        line += f"{row['largest_rows_of_forward']:>6}"
         line += "".join(f"{row[f'{kind}_bytes'] / GiB:>10.1f}" for kind in kinds)
         line += f"{row['total_bytes'] / GiB:>9.1f}{row['host_bytes_per_node'] / GB:>9.0f}{row['disk_bytes'] / GB:>9.1f}"
         if "hours" in row:
@@ -1069,10 +1078,11 @@ def draw_plan(args: Arguments, gpu: GPU, rows: list[dict], path: Path) -> None:
         axis.barh(names, sizes, left=left, label=kind)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
     axis.axvline(usable(gpu) / GiB, color="black", linestyle="--", label=f"usable of {args.gpu}")
-    axis.set_xlim(0, 2.2 * gpu.memory / GiB)
+    shown = min(2.2 * gpu.memory / GiB, max(1.25 * gpu.memory / GiB, 1.05 * max(left)))
+    axis.set_xlim(0, shown)
     for i, size in enumerate(left):
-        if size > 2.2 * gpu.memory / GiB:
-            axis.text(2.18 * gpu.memory / GiB, i, f"{size:,.0f} GiB", ha="right", va="center", color="white")
+        if size > shown:
+            axis.text(0.99 * shown, i, f"{size:,.0f} GiB", ha="right", va="center", color="white")
     axis.invert_yaxis()
     axis.set_xlabel("GiB on the fullest GPU at the worst moment of a step")
     axis.set_title(f"{args.model} on {args.nodes} × {args.gpus} {args.gpu}")

@@ -1,0 +1,128 @@
+"""tools/doctor.py: what must stop a run stops it, what is right passes, and nothing of a rehearsal stays behind."""
+
+import copy
+import importlib.util
+import sys
+from dataclasses import dataclass
+
+import pytest
+from conftest import ROOT, make_tokenizer, random_rows, run_script, save_rows, save_tiny_model
+
+spec = importlib.util.spec_from_file_location("doctor_tool", ROOT / "tools" / "doctor.py")
+doctor = importlib.util.module_from_spec(spec)
+sys.modules["doctor_tool"] = doctor
+spec.loader.exec_module(doctor)
+
+
+def levels(checks) -> list[str]:
+    return [level for level, _, _ in checks]
+
+
+GOOD = {
+    "gradients": [{"lora_A": 0.0, "lora_B": 0.3}, {"lora_A": 0.1, "lora_B": 0.2}],
+    "before": {"weight": 1.0, "lora_A": 2.0, "lora_B": 0.0},
+    "after": {"weight": 1.0, "lora_A": 2.5, "lora_B": 0.5},
+    "frozen": ["weight"],
+}
+
+
+def test_gradients_where_they_must_be_and_moves_only_there():
+    assert levels(doctor.check_weights([GOOD])) == ["ok"] * 4
+    for step, name in ((0, "lora_B"), (1, "lora_A"), (1, "lora_B")):
+        broken = copy.deepcopy(GOOD)
+        broken["gradients"][step][name] = 0.0
+        assert levels(doctor.check_weights([broken])).count("FAIL") == 1
+        # With sharding it is enough that one process has a gradient in its shard.
+        assert levels(doctor.check_weights([broken, GOOD])) == ["ok"] * 4
+    still = GOOD | {"after": GOOD["after"] | {"lora_A": 2.0}}
+    assert levels(doctor.check_weights([still])) == ["ok", "ok", "FAIL", "ok"]
+    strayed = GOOD | {"after": GOOD["after"] | {"weight": 1.5}}
+    assert levels(doctor.check_weights([strayed])) == ["ok", "ok", "ok", "FAIL"]
+    nothing = {"gradients": [{}, {}], "before": {"weight": 1.0}, "after": {"weight": 1.0}, "frozen": ["weight"]}
+    assert "FAIL" in levels(doctor.check_weights([nothing]))
+
+
+@dataclass
+class Run:
+    model_path: str
+    dataset_path: str
+    random_passage: bool = False
+    passage_length: int = 512
+
+
+def test_eos_must_be_learned_and_bos_stand_once(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path / "model")  # BOS is 1, EOS is 2
+    good = [{"input_ids": [1, 5, 6, 2], "labels": [-100, -100, 6, 2]}] * 3
+    sets = {
+        "good": (good, ["ok", "ok"]),
+        "some end": ([*good, {"input_ids": [1, 5, 6], "labels": [-100, -100, 6]}], ["note", "ok"]),
+        "none ends": ([{"input_ids": [1, 5, 6, 2], "labels": [-100, -100, 6, -100]}], ["FAIL", "ok"]),
+        "two BOS": ([{"input_ids": [1, 1, 6, 2], "labels": [-100, -100, 6, 2]}], ["ok", "FAIL"]),
+        "packed": ([{"input_ids": [1, 5, 2, 1, 1, 2], "labels": [-100, 5, 2, -100, -100, 2],
+                     "position_ids": [0, 1, 2, 0, 1, 2]}], ["ok", "FAIL"]),
+    }  # fmt: skip
+    for name, (rows, expected) in sets.items():
+        path = save_rows(rows, tmp_path / name)
+        assert levels(doctor.check_data(Run(str(tmp_path / "model"), str(path)))) == expected, name
+
+
+def test_a_first_loss_far_above_guessing_stops_the_run(tiny_model):
+    run = Run(str(tiny_model), "")  # 300 tokens: guessing gives 5.70
+    assert [levels(doctor.check_loss(run, [{"loss": loss}])) for loss in (2.0, 6.0, 12.0, float("nan"))] == [
+        ["ok"], ["note"], ["FAIL"], ["FAIL"],
+    ]  # fmt: skip
+
+
+def test_the_machine_that_runs_these_tests_passes(tmp_path):
+    checks = doctor.check_versions() + doctor.check_limits() + doctor.check_disk(tmp_path / "a" / "b")
+    assert "FAIL" not in levels(checks) and len(checks) >= 6
+    assert not any(tmp_path.iterdir())
+
+
+def test_mistakes_end_with_one_message():
+    for words, part in (
+        (["--", "train.py"], "train.py: behind -- stands one of finetune_"),
+        (["--cores", "3"], "usage: tools/doctor.py"),
+        (["--num_processes", "2", "--", "finetune_pp.py"], "--num_processes 2: finetune_pp.py is one process"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            sys.argv = ["doctor.py", *words]
+            doctor.main()
+        assert part in str(stopped.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("finetune_pp.py", []),
+        ("finetune_pp_peft.py", []),
+        ("finetune_pp_peft.py", ["--peft_mode", "ptuning"]),
+        ("finetune_pp_peft_trainer.py", ["--num_processes", 2]),
+        ("finetune_pp_peft_trainer_lora.py", ["--num_processes", 2]),
+        ("finetune_pp_peft_trainer_deepspeed.py", ["--lora_used", True]),
+        ("finetune_pp_peft_trainer_deepspeed.py", ["--deepspeed", "ds_configs/zero2.json", "--num_processes", 2]),
+    ],
+)
+def test_a_good_run_is_rehearsed_and_leaves_nothing(script, flags, tmp_path):
+    rows = [{"input_ids": row["input_ids"] + [2], "labels": row["labels"] + [2]} for row in random_rows(22)]
+    model, data = save_tiny_model(tmp_path / "model"), save_rows(rows, tmp_path / "rows")
+    own = [word for i, word in enumerate(flags) if "--num_processes" in (word, flags[i - 1] if i else "")]
+    rest = [word for word in flags if word not in own]
+    completed = run_script("tools/doctor.py", *own, "--", script, "--model_path", model, "--dataset_path", data,
+                           "--output_dir", tmp_path / "out", "--use_cpu", True, *rest, check=False)  # fmt: skip
+    assert completed.returncode == 0, completed.stdout
+    assert "all is well" in completed.stdout and "trained tensors moved" in completed.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "rows"]
+
+
+@pytest.mark.slow
+def test_a_bad_run_is_stopped_with_the_reason(tiny_model, tmp_path):
+    data = save_rows(random_rows(22), tmp_path / "rows")  # no row ends with EOS
+    flags = ["--model_path", tiny_model, "--dataset_path", data, "--output_dir", tmp_path / "out", "--use_cpu", True]
+    completed = run_script("tools/doctor.py", "--", "finetune_pp_peft.py", *flags, check=False)
+    assert completed.returncode == 1
+    assert "FAIL EOS is a target in 0 of 22" in completed.stdout and "do not start" in completed.stdout
+    completed = run_script("tools/doctor.py", "--", "finetune_pp_peft.py", *flags, "--lora_rank", 0, check=False)
+    assert completed.returncode == 1 and "--lora_rank 0: must be > 0" in completed.stdout
+    assert not (tmp_path / "out").exists()

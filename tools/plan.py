@@ -301,6 +301,8 @@ def sharded(model: Model, strategy: Strategy, setup: Setup, trained: float, proc
         reduced, root_reduced, root_shard, root_gradient = 2 * bucket, 2 * bucket, 0, 0
         if strategy.kind == "zero2":
             layer_gradient = 0  # copied into the bucket as it comes
+            # On its way to the host a gradient passes through a buffer of the largest tensor's size.
+            gathered = fetched = e * largest_tensor(model, strategy, setup) if strategy.offload else 0
 
     per_layer = layer_activations(model, strategy, setup)
     kept = model.layers * (e * model.hidden * tokens if setup.checkpointing else per_layer)
@@ -333,6 +335,13 @@ def sharded(model: Model, strategy: Strategy, setup: Setup, trained: float, proc
         moments += [states | {"gradients": so_far, "logits": 0} | moment for moment in (within, end)]
     parts = max(moments, key=lambda moment: sum(moment.values()))
     return parts | {"total": sum(parts.values()), "states": weights + gradients + gradient_copy + optimizer}
+
+
+def largest_tensor(model: Model, strategy: Strategy, setup: Setup) -> int:
+    """Parameters of the largest trained tensor."""
+    if strategy.adapter:
+        return setup.lora_rank * max(max(shape) for shape in model.linears)
+    return max(model.vocab * model.hidden, *(inputs * outputs for inputs, outputs in model.linears))
 
 
 def logits_bytes(model: Model, setup: Setup) -> float:
@@ -388,8 +397,9 @@ def host_and_disk(model: Model, strategy: Strategy, setup: Setup, trained: float
     else:
         host = max(host, loaded)  # only the first process of a node reads it; ZeRO-3 splits it while reading
     if strategy.offload:
-        # Gradients, master copy and moments of the processes of this node; ZeRO-3 also the weights.
-        host += 16 * trained * on_node / processes
+        # Gradients, master copy and moments of the processes of this node, and what will be sent back; ZeRO-3 also the
+        # weights.
+        host += (16 + e) * trained * on_node / processes
         host += e * model.params * on_node / processes if strategy.kind == "zero3" else 0
     disk = (4 + 8) * trained  # weights and two moments, float32
     if strategy.kind.startswith("zero"):
@@ -858,7 +868,11 @@ def run_case(folder: Path, name: str, processes: int, size: int, length: int, ch
         raise RuntimeError(f"{' '.join(map(str, command))}\n{completed.stdout[-2000:]}{completed.stderr[-4000:]}")
     setup = Setup(gpus=processes, rows=4, sequence_length=LENGTHS[length], checkpointing=checkpointing,
                   compute_bytes=4, on_cpu=True)  # fmt: skip
-    predicted = memory(model, replace(strategy, offload=False), setup)  # a CPU process has its offload in itself
+    # A CPU process has in itself what it would offload, and ZeRO-2's two buffers for the way.
+    predicted = memory(model, replace(strategy, offload=False), setup)
+    if strategy.kind == "zero2" and strategy.offload:
+        for kind in ("states", "total"):
+            predicted[kind] += 2 * setup.compute_bytes * largest_tensor(model, strategy, setup)
     return {
         "live": max(one["live"] for one in found),
         "rise": max(one["rise"] for one in found),

@@ -4,9 +4,11 @@
     python tools/check_lm_eval.py --peft_path outputs/finetune_pp_peft --dataset_path data_sample/tokenized/triage_test
 
 The questions are decoded and written as a local task of the harness with the same prompts and options; its accuracies
-acc and acc_norm must be those of evaluate.py (accuracy and accuracy_norm), and each option's log-likelihood must be the
-same to 1e-3. Questions whose text has other ids for the harness than in the set are counted and left out: the harness
-tokenises prompt and option together, where a token may span the border.
+acc and acc_norm must be those of evaluate.py (accuracy and accuracy_norm), and the log-likelihoods of a question's
+options must be as far apart to 1e-3. (Not the same: the harness counts white space at the end of a prompt, such as the
+line end of a chat template, as the beginning of each option, which adds the same number to all of them.) Questions
+whose text has other ids for the harness than in the set are counted and left out: it tokenises prompt and option
+together, where a token may span the border.
 
 The harness gets an environment of its own, outputs/environments/lm_eval, which borrows PyTorch and transformers from
 this one, because it is no part of this toolkit.
@@ -129,15 +131,19 @@ def main() -> None:
         ours, theirs = run_both(args, Path(name))
     examples = [ours["examples"][number] for number in same]
     print(f"{len(same)} of {len(ours['examples'])} questions have the same ids for both")
-    farthest, num_different = 0.0, 0
+    farthest, largest_shift, num_different = 0.0, 0.0, 0
     for example, sample in zip(examples, theirs["samples"], strict=True):
-        gaps = [abs(a - b) for a, b in zip(example["scores"], sample["scores"], strict=True)]
-        farthest = max(farthest, *gaps)
+        shifts = [b - a for a, b in zip(example["scores"], sample["scores"], strict=True)]
+        farthest = max(farthest, max(shifts) - min(shifts))
+        largest_shift = max(largest_shift, *map(abs, shifts))
         num_different += (example["right"], example["right_norm"]) != (sample["acc"] == 1, sample["acc_norm"] == 1)
     for name, key in (("acc", "right"), ("acc_norm", "right_norm")):
         accuracy = sum(example[key] for example in examples) / len(examples)
         print(f"{name:9} evaluate.py {accuracy:.4f}, lm-evaluation-harness {theirs['figures'][name]:.4f}")
-    print(f"log-likelihoods differ by at most {farthest:.1e}; {num_different} questions are judged differently")
+    print(
+        f"log-likelihoods of a question's options are as far apart to {farthest:.1e} (white space at the end of the "
+        f"prompt shifts all of them by at most {largest_shift:.1e}); {num_different} questions are judged differently"
+    )
     if num_different or farthest > 1e-3 or not same:
         sys.exit("error: the two do not agree")
     print("the two agree, question by question")

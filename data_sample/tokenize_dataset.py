@@ -558,8 +558,8 @@ def adds_bos(tokenizer) -> bool:
 
 
 def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
-    if tokenizer.is_fast:  # without the masks and checks of tokenizer(texts), which take longer than the ids
-        return [e.ids for e in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
+    if tokenizer.is_fast:  # without masks, checks and offsets, which take longer than the ids
+        return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
 
 
@@ -1168,6 +1168,7 @@ def build(args: Arguments, tokenizer) -> dict[str, dict]:
     template = make_template(args, chat=tokenizer.chat_template is not None)
     files, others = list_files(args)
     gc.freeze()  # what the imports made is not searched for garbage again and again
+    gc.set_threshold(100_000)  # nor are a chunk's lists, which die without a search
     facts = describe_input(args, tokenizer, template, files, others)
     outputs, ledgers = output_folders(args), {}
     parent = existing_parent(outputs["train"])  # on the same disk, so that renaming is one step

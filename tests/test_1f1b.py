@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import test_trainers
 import torch
 from conftest import ROOT, make_tokenizer, random_rows, run_script, save_rows, save_tiny_model
 from safetensors import safe_open
@@ -156,6 +158,17 @@ def test_neither_the_schedule_nor_checkpointing_changes_what_is_trained(flags, r
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["1F1B", "1F1B+LoRA"])
+def test_bf16_computes_what_one_process_computes_in_bf16(strategy, runs, tmp_path):
+    flags = ["--bf16", "True", "--max_steps", 3, *(MODES["lora"] if "LoRA" in strategy else [])]
+    plain = "plain PEFT" if "LoRA" in strategy else "plain"
+    runs.train(plain, 1, tmp_path / "plain", *flags, "--per_device_train_batch_size", 8)
+    runs.train(strategy, 2, tmp_path / "run", *flags, *MICRO)
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-2)
+    assert {tensor.dtype for tensor in weights_of(tmp_path / "run").values()} == {torch.float32}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config_class", "model_class"),
     [(MistralConfig, MistralForCausalLM), (Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)],
@@ -209,7 +222,9 @@ def report_block(module, folder) -> None:
         before = psutil.Process().memory_info().rss
         stage, model = original(*args)
         own = {name: parameter.numel() for name, parameter in stage.named_parameters()}
-        facts = {"own": own, "rss": psutil.Process().memory_info().rss - before}
+        loaded = psutil.Process().memory_info().rss - before
+        sum(parameter.detach().sum() for parameter in stage.parameters())  # the files' pages are read when needed
+        facts = {"own": own, "loaded": loaded, "read": psutil.Process().memory_info().rss - before}
         (folder / f"block-{stage.rank}.json").write_text(json.dumps(facts))
         return stage, model
 
@@ -223,6 +238,28 @@ def test_a_rank_has_its_own_layers_and_nothing_else(runs, tmp_path):
     with safe_open(runs.parts["deep tied=False"] / "model.safetensors", framework="pt") as file:
         assert sorted([*blocks[0], *blocks[1]]) == sorted(file.keys())
     assert "model.embed_tokens.weight" in blocks[0] and "lm_head.weight" in blocks[1]
+
+
+@test_trainers.needs_sample
+@pytest.mark.slow
+def test_a_rank_reads_no_other_weights_than_its_own(runs, tmp_path):
+    """Resident memory above what the process had before, after loading and when every weight has been read."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nfrom pathlib import Path\n"
+        "import test_1f1b, finetune_pp_1f1b as script\n"
+        f"test_1f1b.report_block(script, Path({str(tmp_path)!r}))\n"
+        "script.train = lambda *args: sys.exit(0)\nscript.main()\n"
+    )
+    runs.launch("1F1B", tmp_path / "out", *MICRO, "--model_path", test_trainers.SAMPLE_MODEL, script=driver).finish()
+    with safe_open(test_trainers.SAMPLE_MODEL / "model.safetensors", framework="pt") as file:
+        whole = sum(file.get_tensor(name).numel() for name in file.keys()) * 4
+    for rank in range(2):
+        facts = json.loads((tmp_path / f"block-{rank}.json").read_text())
+        own = sum(facts["own"].values()) * 4
+        print(f"rank {rank}: own weights {own >> 20} MiB of {whole >> 20}, resident memory grew by "
+              f"{facts['loaded'] >> 20} MiB when loading, by {facts['read'] >> 20} when all were read")  # fmt: skip
+        assert facts["read"] < own + 150 * 2**20 and own < 0.75 * whole
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -290,19 +327,37 @@ def test_sigterm_saves_a_checkpoint_and_the_next_start_goes_on(receiver, runs, t
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_one_rank_killed_ends_all_ranks_with_a_message_that_names_it(victim, runs, tmp_path):
-    """Nobody tells the others: they are no children of torchrun here."""
-    out = tmp_path / "out"
-    run = runs.start("1F1B", 3, out, *MICRO, "--max_steps", 5000, "--save_steps", 5)
-    while newest_complete(out) < 5 and run.is_alive():
-        time.sleep(0.05)
-    processes, killed = run.workers(), time.monotonic()
-    processes[victim].kill()
-    assert psutil.wait_procs(processes, timeout=60)[1] == [], run.log.read_text()
-    print(f"rank {victim} of 3 killed: all ranks have ended after {time.monotonic() - killed:.1f} s")
-    run.finish(check=False)
-    assert f"error: rank {(victim - 1) % 3} ends because rank {victim} has ended" in run.output
-    assert 0 not in run.codes and not (out / "run.json").exists()
-    assert data_collator.find_damage(out / f"checkpoint-{newest_complete(out)}") is None
+    """Without torchrun, so nobody tells the others, as on another machine."""
+    out, log = tmp_path / "out", tmp_path / "log.txt"
+    flags = runs.flags("1F1B", out, *MICRO, "--max_steps", 5000, "--save_steps", 5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+    shared |= {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+    with open(log, "w") as file:
+        processes = [
+            psutil.Popen(
+                [sys.executable, "finetune_pp_1f1b.py", *flags],
+                cwd=ROOT,
+                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=file,
+                stderr=file,
+            )
+            for rank in range(3)
+        ]
+    try:
+        while newest_complete(out) < 5 and all(process.poll() is None for process in processes):
+            time.sleep(0.05)
+        processes[victim].kill()
+        killed = time.monotonic()
+        assert psutil.wait_procs(processes, timeout=60)[1] == [], log.read_text()
+        print(f"rank {victim} of 3 killed: all ranks have ended after {time.monotonic() - killed:.1f} s")
+    finally:
+        for process in processes:
+            process.kill()
+    assert f"error: rank {(victim - 1) % 3} ends because rank {victim} has ended" in log.read_text()
+    assert all(process.returncode for process in processes) and not (out / "run.json").exists()
+    assert any(data_collator.find_damage(path) is None for path in data_collator.list_checkpoints(out))
 
 
 @pytest.mark.slow

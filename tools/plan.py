@@ -247,7 +247,7 @@ def memory(model: Model, strategy: Strategy, setup: Setup) -> dict[str, float]:
     Returns:
         weights, gradients, optimizer, activations, logits, buffers: at the worst moment; `total` is their sum;
         `states`: weights, gradients and optimizer when all gradients are there; `host`: bytes of host memory on one
-        node; `disk`: bytes of one checkpoint.
+        node; `offloaded`: those of one process that are there instead of on its GPU; `disk`: bytes of one checkpoint.
     """
     trained = model.lora_params(setup.lora_rank) if strategy.adapter else model.params
     processes = 1 if strategy.kind == "pp" else setup.gpus * setup.nodes
@@ -396,17 +396,21 @@ def host_and_disk(model: Model, strategy: Strategy, setup: Setup, trained: float
         host = max(host, loaded * on_node)  # each process reads the whole model
     else:
         host = max(host, loaded)  # only the first process of a node reads it; ZeRO-3 splits it while reading
+    offloaded = 0.0
     if strategy.offload:
-        # Gradients, master copy and moments of the processes of this node, and what will be sent back; ZeRO-3 also the
-        # weights.
-        host += (16 + e) * trained * on_node / processes
-        host += e * model.params * on_node / processes if strategy.kind == "zero3" else 0
+        # Master copy, moments, gradients in float32 and, for the way, in the compute precision; ZeRO-2's buffer of the
+        # largest tensor's size; ZeRO-3's weights. None of it is freed between steps.
+        offloaded = (16 + e) * trained / processes
+        offloaded += e * (
+            model.params / processes if strategy.kind == "zero3" else largest_tensor(model, strategy, setup)
+        )
+        host += offloaded * on_node
     disk = (4 + 8) * trained  # weights and two moments, float32
     if strategy.kind.startswith("zero"):
         disk += 4 * trained + e * model.params  # masters, and weights
     if strategy.adapter:
         disk += 4 * trained  # PEFT's format beside trainable.safetensors
-    return {"host": host, "disk": disk}
+    return {"host": host, "disk": disk, "offloaded": offloaded}
 
 
 def usable(gpu: GPU) -> float:
@@ -868,16 +872,14 @@ def run_case(folder: Path, name: str, processes: int, size: int, length: int, ch
         raise RuntimeError(f"{' '.join(map(str, command))}\n{completed.stdout[-2000:]}{completed.stderr[-4000:]}")
     setup = Setup(gpus=processes, rows=4, sequence_length=LENGTHS[length], checkpointing=checkpointing,
                   compute_bytes=4, on_cpu=True)  # fmt: skip
-    # A CPU process has in itself what it would offload, and ZeRO-2's two buffers for the way.
-    predicted = memory(model, replace(strategy, offload=False), setup)
-    if strategy.kind == "zero2" and strategy.offload:
-        for kind in ("states", "total"):
-            predicted[kind] += 2 * setup.compute_bytes * largest_tensor(model, strategy, setup)
+    predicted = memory(model, strategy, setup)
+    buffer = setup.compute_bytes * largest_tensor(model, strategy, setup) if strategy.kind == "zero2" else 0
     return {
         "live": max(one["live"] for one in found),
         "rise": max(one["rise"] for one in found),
-        "predicted_live": predicted["states"],
-        "predicted_rise": predicted["total"],
+        # A CPU process has in itself what it offloads, and the buffer on the GPU's side.
+        "predicted_live": predicted["states"] + predicted["offloaded"] + strategy.offload * buffer,
+        "predicted_rise": predicted["total"] + predicted["offloaded"],
     }
 
 
@@ -978,7 +980,7 @@ def plan_row(args: Arguments, model: Model, gpu: GPU, name: str, checkpointing: 
         setup = replace(setup, accumulation=rows_of_process)
     parts, row = memory(model, strategy, setup), {"strategy": name, "checkpointing": checkpointing}
     row |= {"rows_of_forward": setup.rows, "accumulation": setup.accumulation, "largest_rows_of_forward": most}
-    row |= {f"{part}_bytes": round(size) for part, size in parts.items() if part != "host"}
+    row |= {f"{part}_bytes": round(size) for part, size in parts.items() if part not in ("host", "offloaded")}
     row["host_bytes_per_node"] = round(parts["host"])
     if not candidates:
         return row | {"verdict": "does not fit"}

@@ -329,14 +329,14 @@ def test_sigterm_saves_a_checkpoint_and_the_next_start_goes_on(receiver, runs, t
 def test_one_rank_killed_ends_all_ranks_with_a_message_that_names_it(victim, runs, tmp_path):
     """Without torchrun, so nobody tells the others, as on another machine."""
     out, log = tmp_path / "out", tmp_path / "log.txt"
-    flags = runs.flags("1F1B", out, *MICRO, "--max_steps", 5000, "--save_steps", 5)
+    flags = runs.flags("1F1B", out, *MICRO, "--model_path", "{deep tied=True}", "--max_steps", 5000, "--save_steps", 5)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
     shared |= {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
     with open(log, "w") as file:
         processes = [
-            psutil.Popen(
+            subprocess.Popen(
                 [sys.executable, "finetune_pp_1f1b.py", *flags],
                 cwd=ROOT,
                 env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -348,9 +348,11 @@ def test_one_rank_killed_ends_all_ranks_with_a_message_that_names_it(victim, run
     try:
         while newest_complete(out) < 5 and all(process.poll() is None for process in processes):
             time.sleep(0.05)
+        assert all(process.poll() is None for process in processes), log.read_text()
         processes[victim].kill()
         killed = time.monotonic()
-        assert psutil.wait_procs(processes, timeout=60)[1] == [], log.read_text()
+        for process in processes:
+            process.wait(timeout=killed + 60 - time.monotonic())
         print(f"rank {victim} of 3 killed: all ranks have ended after {time.monotonic() - killed:.1f} s")
     finally:
         for process in processes:

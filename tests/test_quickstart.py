@@ -14,6 +14,10 @@ import pytest
 from conftest import ROOT, save_tiny_model
 
 pytestmark = pytest.mark.xdist_group("quickstart")  # one worker, so that its slow fixture is made once
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 TOOLS = ["bash", "cat", "cksum", "cut", "dirname", "grep", "touch", "env", "uname"]
 
 
@@ -30,7 +34,8 @@ def copy_repository(target: Path) -> Path:
     ).stdout.strip()
     if not (target / marker).exists():
         (target / marker).touch()
-    save_tiny_model(target / "models" / "SmolLM2-135M-Instruct")
+    sample = save_tiny_model(target / "models" / "SmolLM2-135M-Instruct")
+    (sample / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return target
 
 

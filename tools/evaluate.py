@@ -92,7 +92,8 @@ def check_arguments(args: Arguments) -> TestSet | None:
         adapter = json.loads((Path(args.peft_path) / "adapter_config.json").read_text(encoding="utf-8"))
         args.model_path = adapter["base_model_name_or_path"]
     args.model_path = args.model_path or SAMPLE_MODEL
-    if not Path(args.model_path).is_dir() and args.model_path.startswith((".", "/", "~", "models/", "outputs/")):
+    is_local = args.model_path.startswith((".", "/", "~", "models/", "outputs/"))
+    if not args.compare and is_local and not Path(args.model_path).is_dir():
         mistakes.append(
             f"--model_path {args.model_path}: no such folder; bash scripts/quickstart.sh fetches the sample"
         )

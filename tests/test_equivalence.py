@@ -1,11 +1,12 @@
 """Every strategy trains the same model: real scripts, real processes, compared step by step with the plain loops.
 
-References are finetune_pp.py and finetune_pp_peft.py in one process. Against them: FSDP2 and ZeRO, full and with an
-adapter, in float32 with dropout 0, weight decay on, rows of unequal length, two epochs of two full windows and a short
-one, and an evaluation with an odd number of rows. The tolerances are those of law 2 (ASSERTED below).
+References are finetune_pp.py and finetune_pp_peft.py in one process. Against them: FSDP2, ZeRO and the pipeline, full
+and with an adapter, in float32 with dropout 0, weight decay on, rows of unequal length, two epochs of two full windows
+and a short one, and an evaluation with an odd number of rows. The tolerances are those of law 2 (ASSERTED below).
 
     bash scripts/test.sh tests/test_equivalence.py                # every strategy, 2 processes, accumulation 4
     .venv/bin/python tests/test_equivalence.py                    # the whole matrix; writes docs/equivalence.md
+    .venv/bin/python tests/test_equivalence.py -k 1F1B            # only cells of such names; the page keeps the others
 """
 
 import importlib
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 import data_collator
 
 FSDP, LORA, ZERO = "finetune_pp_peft_trainer", "finetune_pp_peft_trainer_lora", "finetune_pp_peft_trainer_deepspeed"
+PIPELINE = "finetune_pp_1f1b"
 # strategy: (script, its flags, the reference it must equal); the tests write {zero2} and {zero3}
 STRATEGIES = {
     "FSDP2": (FSDP, [], "full"),
@@ -32,6 +34,8 @@ STRATEGIES = {
     "ZeRO-2+LoRA": (ZERO, ["--deepspeed", "{zero2}", "--lora_used", "True"], "lora"),
     "ZeRO-3": (ZERO, ["--deepspeed", "{zero3}"], "full"),
     "ZeRO-3+LoRA": (ZERO, ["--deepspeed", "{zero3}", "--lora_used", "True"], "lora"),
+    "1F1B": (PIPELINE, [], "full"),
+    "1F1B+LoRA": (PIPELINE, ["--lora_used", "True"], "lora"),
 }
 MODES = {
     "lora": ["--lora_dropout", 0],
@@ -52,9 +56,14 @@ COMMON = ["--num_train_epochs", 2, "--learning_rate", 1e-2, "--weight_decay", 0.
 COMMON += ["--report_to", "none", "--bf16", "False", "--use_cpu", "True"]
 
 
-def pairwise() -> list[tuple]:
+def exists(strategy: str, processes: int, accumulation: int, *_) -> bool:
+    """All but 1F1B with 2 processes and accumulation 1: it needs a micro-batch for each stage, and refuses fewer."""
+    return STRATEGIES[strategy][0] != PIPELINE or accumulation >= processes
+
+
+def pairwise(strategy: str) -> list[tuple]:
     """Few cells in which every pair of values of two factors occurs: greedily the one with the most new pairs."""
-    cells = list(itertools.product(*FACTORS.values()))
+    cells = [cell for cell in itertools.product(*FACTORS.values()) if exists(strategy, *cell)]
 
     def pairs(cell):
         return set(itertools.combinations(enumerate(cell), 2))
@@ -69,7 +78,7 @@ def pairwise() -> list[tuple]:
 def matrix_cells():
     for strategy in STRATEGIES:
         whole = strategy in ("FSDP2+LoRA", "ZeRO-3")
-        for cell in itertools.product(*FACTORS.values()) if whole else pairwise():
+        for cell in itertools.product(*FACTORS.values()) if whole else pairwise(strategy):
             yield pytest.param(strategy, "lora", *cell, marks=pytest.mark.matrix)
     for strategy, mode in itertools.product(("FSDP2+LoRA", "ZeRO-2+LoRA", "ZeRO-3+LoRA"), list(MODES)[1:]):
         for checkpointing in (False, True) if mode != "prefix" else (False,):  # PEFT refuses prefix with checkpointing
@@ -77,6 +86,7 @@ def matrix_cells():
 
 
 # In the default tests: every strategy at 2 processes and accumulation 4, the other factors spread over the strategies.
+# Those of the pipeline are in tests/test_1f1b.py, where its processes are forked and cost two seconds.
 DEFAULT_CELLS = [
     (strategy, "lora", 2, 4, checkpointing, rows, tied)
     for strategy, checkpointing, rows, tied in (
@@ -200,6 +210,7 @@ def test_every_strategy_trains_the_same_model(
 ):
     script, flags, trained = STRATEGIES[strategy]
     expected, start = reference(mode if trained == "lora" else "full", rows, tied)
+    num_shares = accumulation if script == PIPELINE else processes * accumulation  # its stages all see the same rows
     launch(
         processes,
         script,
@@ -207,7 +218,7 @@ def test_every_strategy_trains_the_same_model(
         *COMMON,
         *(str(flag).format(**parts) for flag in flags),
         *(MODES[mode] if trained == "lora" else []),
-        *("--per_device_train_batch_size", ROWS_PER_STEP // (processes * accumulation)),
+        *("--per_device_train_batch_size", ROWS_PER_STEP // num_shares),
         *("--gradient_accumulation_steps", accumulation, "--per_device_eval_batch_size", 2),
         *("--gradient_checkpointing", checkpointing, "--padding_free", rows == "padding-free"),
         *("--output_dir", tmp_path / "run"),
@@ -267,7 +278,11 @@ script.data_collator.leave()
 
 @pytest.mark.parametrize(
     "strategy",
-    [pytest.param(s, marks=[] if s in ("FSDP2", "ZeRO-3") else pytest.mark.matrix) for s in STRATEGIES],
+    [
+        pytest.param(name, marks=[] if name in ("FSDP2", "ZeRO-3") else pytest.mark.matrix)
+        for name, (script, _, _) in STRATEGIES.items()
+        if script != PIPELINE  # no Trainer: tests/test_1f1b.py has this test for it
+    ],
 )
 def test_the_gradients_of_the_first_step_are_the_same_tensor_by_tensor(strategy, parts, tmp_path):
     script, flags, trained = STRATEGIES[strategy]
@@ -300,9 +315,43 @@ def test_the_gradients_of_the_first_step_are_the_same_tensor_by_tensor(strategy,
         assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
-def test_the_pairwise_cells_hold_every_pair():
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_pairwise_cells_hold_every_pair(strategy):
+    without_cell = {(0, 1): {(2, 1)}} if "1F1B" in strategy else {}
     for (i, first), (j, second) in itertools.combinations(enumerate(FACTORS.values()), 2):
-        assert {(cell[i], cell[j]) for cell in pairwise()} == set(itertools.product(first, second))
+        pairs = set(itertools.product(first, second)) - without_cell.get((i, j), set())
+        assert {(cell[i], cell[j]) for cell in pairwise(strategy)} == pairs
+
+
+def test_cells_that_are_run_again_replace_those_of_the_page_and_no_others(tmp_path):
+    def result(strategy, accumulation, figure):
+        factors = dict(zip(FACTORS, ("2", accumulation, "False", "padding-free", "True"), strict=True))
+        return {"strategy": strategy} | factors | dict.fromkeys(ASSERTED, figure)
+
+    page = tmp_path / "docs" / "page.md"
+    before = [result("FSDP2", "1", 1.234e-7), result("FSDP2", "4", 0.0), result("ZeRO-3+LoRA", "4", 5e-6)]
+    write_page(before, page)
+    written = page.read_text()
+    write_page(merge(read_page(page), []), page)
+    assert page.read_text() == written
+    write_page(merge(read_page(page), [result("FSDP2", "4", 2e-7), result("1F1B", "4", 3e-7)]), page)
+    cells = [(cell["strategy"], cell["accumulation"], cell["loss"]) for cell in read_page(page)]
+    expected = [("1F1B", "4", 3e-7), ("FSDP2", "1", 1.2e-7), ("FSDP2", "4", 2e-7), ("ZeRO-3+LoRA", "4", 5e-6)]
+    assert cells == expected
+
+
+def read_page(page: Path) -> list[dict]:
+    """The cells of a page that write_page wrote, with figures as exact as they are printed."""
+    cells = page.read_text().partition("## All cells")[2].strip().splitlines()
+    names, _, *rows = [line.strip("| ").split(" | ") for line in cells]
+    results = [dict(zip(names, row, strict=True)) for row in rows]
+    return [result | {name: float(result[name]) for name in ASSERTED} for result in results]
+
+
+def merge(before: list[dict], results: list[dict]) -> list[dict]:
+    """All cells in the order of their names; one that is in both lists is taken from `results`."""
+    cells = {tuple(str(result[name]) for name in ("strategy", *FACTORS)): result for result in [*before, *results]}
+    return [cells[key] for key in sorted(cells)]
 
 
 def write_page(results: list[dict], page: Path) -> None:
@@ -315,6 +364,7 @@ def write_page(results: list[dict], page: Path) -> None:
         "epoch end with a short window, weight decay on. Figures are the largest relative deviation from the plain",
         "loop (`finetune_pp.py` or `finetune_pp_peft.py`, one process) over all steps; for weights, the largest over",
         "all tensors of the distance between both results, divided by the distance that training moved the tensor.",
+        "1F1B has no cells of 2 processes and accumulation 1: it needs a micro-batch for each process.",
         "",
         "| strategy | cells | " + " | ".join(names) + " |",
         "|---|---|" + "---|" * len(names),
@@ -341,8 +391,9 @@ def main() -> None:
     environment = os.environ | {"EQUIVALENCE_RESULTS": str(results), "OMP_NUM_THREADS": "1"}
     status = subprocess.run(command, cwd=ROOT, env=environment).returncode
     if status == 0:
-        lines = results.read_text().splitlines()
-        write_page(sorted(map(json.loads, lines), key=lambda r: json.dumps(r)), ROOT / "docs" / "equivalence.md")
+        page = ROOT / "docs" / "equivalence.md"
+        before = read_page(page) if sys.argv[1:] else []
+        write_page(merge(before, [json.loads(line) for line in results.read_text().splitlines()]), page)
         print("wrote docs/equivalence.md")
     sys.exit(status)
 

@@ -232,7 +232,7 @@ class Stage:
 
 
 def load_stage(args: Arguments, config, sampler: RowSampler, device: torch.device):
-    """Returns (stage, the same with its adapter, if any); a rank reads no other weights than its own."""
+    """Returns (stage, the model that is saved); a rank reads no other weights than its own."""
     rank, num_stages, skeleton = dist.get_rank(), dist.get_world_size(), make_skeleton(config)
     # A multiplication costs what its matrix holds, and the head sees only the positions with a target.
     head, layer = (sum(p.numel() for p in m.parameters()) for m in (skeleton.lm_head, skeleton.model.layers[0]))
@@ -265,7 +265,8 @@ def load_stage(args: Arguments, config, sampler: RowSampler, device: torch.devic
     stage.trained = {EMBEDDING if is_tied and name == HEAD else name: weight for name, weight in trained.items()}
     stage.owned = {name: weight for name, weight in stage.trained.items() if name in trained}  # without the copy
     stage.ends = dist.new_group([0, num_stages - 1]) if is_tied and not args.lora_used else None
-    return stage, model
+    # PEFT saves nothing but what a model has: the one with all layers, without weights, stands for all stages.
+    return stage, add_adapter(args, skeleton) if args.lora_used else stage
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -454,7 +455,7 @@ def save_model(args: Arguments, model, tokenizer, checkpoint: Path, folder: Path
     shutil.copy(checkpoint / "trainer_state.json", folder)
     if args.lora_used:
         save_file(trained, folder / "trainable.safetensors")
-        trained |= peft.get_peft_model_state_dict(model, trained, save_embedding_layers=False)
+        trained |= {name.replace(".default.", "."): weight for name, weight in trained.items()}  # PEFT's names
     data_collator.verify(folder, trained)
 
 

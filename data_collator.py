@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
@@ -265,7 +266,7 @@ class RowSampler(Sampler):
         """All that decides which rows an optimizer step sees, and the settings that a resumed run must share."""
         rows = {"dataset_sha256": self.dataset.ledger.get("sha256"), "num_rows": len(self.dataset)}
         rows |= {"passage_length": self.dataset.passage_length} if self.dataset.passage_length else {}
-        rows |= {"rows_per_step": self.rows_per_step, "seed": self.seed}
+        rows |= {"rows_per_step": self.rows_per_step, "seed": self.seed, "script": Path(sys.argv[0]).name}
         return rows | {name: value for name, value in self.settings.items() if name in SETTINGS}
 
     def num_steps(self, args) -> int:
@@ -402,6 +403,7 @@ class RowTrainer:
 
     def _prepare_for_training(self, *args):
         prepared = super()._prepare_for_training(*args)
+        attend_by_document(self.model, self.sampler.settings)
         if not all(self.is_sharded(parameter) for parameter in self.model.parameters()):
             self.stop("error: the parameters are not sharded, although this script asked for it")
         if self.data_collator.padding_free or self.sampler.dataset.packed:
@@ -458,6 +460,72 @@ class RowTrainer:
         if self.is_world_process_zero():
             complete_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.sampler)
         dist.barrier()  # after SIGTERM nobody leaves before it is complete
+
+
+def document_lengths(batch_size: int, q_length: int, kv_length: int, mask_function, attention_mask=None, **kwargs):
+    """What the layers get as `attention_mask`: the lengths of each row's documents, one list a row, instead of a mask.
+
+    transformers calls it once a forward, with `mask_function(row, head, query, key)`, which says who attends to whom: a
+    document starts where a token does not attend to the one before. What is no whole document (padding, a cache, a
+    sliding window shorter than a document) gets the mask that transformers makes for sdpa.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    device = kwargs.get("device")
+    if attention_mask is None and q_length == kv_length and not kwargs.get("use_vmap"):
+        rows, places = torch.arange(batch_size, device=device)[:, None], torch.arange(q_length, device=device)[None]
+        starts = ~mask_function(rows, 0, places, places - 1).expand(batch_size, q_length)
+        starts[:, 0] = True
+        first_places = torch.where(starts, places, 0).cummax(1).values
+        if mask_function(rows, 0, places, first_places).all():
+            if not starts[:, 1:].any():
+                return None  # one document a row: attention is just causal
+            ends = torch.tensor([q_length], device=device)
+            return [row.nonzero().flatten().diff(append=ends).tolist() for row in starts]
+    sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+    return sdpa_mask(**sizes, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+
+
+def document_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Attention inside each document: a dense mask over a joined row would have most of the work thrown away.
+
+    Args:
+        query, key, value: [rows, heads or key-value heads, T, size of a head].
+        attention_mask: what document_lengths gave.
+
+    Returns:
+        [rows, T, heads, size of a head], and None for the weights.
+    """
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    if not isinstance(attention_mask, list):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux")):
+        raise ValueError("this model's attention is more than a softmax; choose --attn_implementation eager")
+    groups = query.shape[1] // key.shape[1]
+    if query.device.type == "cpu":  # where sdpa is slow at groups
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    outputs = []
+    for row, lengths in enumerate(attention_mask):
+        # split, and not slices: their gradients would each be as long as the whole row.
+        documents = zip(*(states[row : row + 1].split(lengths, dim=2) for states in (query, key, value)), strict=True)
+        settings = {"dropout_p": dropout, "scale": scaling, "is_causal": True}
+        settings["enable_gqa"] = key.shape[1] < query.shape[1]
+        outputs.append([scaled_dot_product_attention(*states, **settings).transpose(1, 2) for states in documents])
+    return torch.cat([torch.cat(row, 1) for row in outputs]), None
+
+
+def attend_by_document(model: torch.nn.Module, args: dict) -> torch.nn.Module:
+    """Lets `model` compute attention document by document, unless --attn_implementation asks for something else."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    # With documents of other lengths in each batch, torch.compile would compile again and again.
+    is_asked_for = args["attn_implementation"] == "auto" and not args["torch_compile"]
+    if is_asked_for and model._supports_attention_backend and model.config._attn_implementation == "sdpa":
+        AttentionInterface.register("documents", document_attention)
+        AttentionMaskInterface.register("documents", document_lengths)
+        model.set_attn_implementation("documents")
+    return model
 
 
 @torch.no_grad()

@@ -157,6 +157,7 @@ def load_model(args: Arguments, config, checkpoint: Path | None, devices: list[t
         attn_implementation=None if args.attn_implementation == "auto" else args.attn_implementation,
         use_safetensors=True,
     )
+    data_collator.attend_by_document(model, asdict(args))
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.torch_compile:

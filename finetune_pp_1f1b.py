@@ -248,7 +248,7 @@ def load_stage(args: Arguments, config, sampler: RowSampler, device: torch.devic
     loading["key_mapping"] = {"model.embed_tokens": "lm_head"} if is_tied and rank == num_stages - 1 else None
     stage_class = type(type(skeleton).__name__, (Stage, type(skeleton)), {})
     stage = stage_class.from_pretrained(args.model_path, layers, config=config, use_safetensors=True, **loading)
-    model, stage.bf16 = stage, bf16
+    model, stage.bf16 = data_collator.attend_by_document(stage, asdict(args)), bf16
     if args.gradient_checkpointing:
         stage.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.lora_used:

@@ -212,6 +212,7 @@ def load_model(args: Arguments, config, devices: list[torch.device], bf16: bool)
         attn_implementation=None if args.attn_implementation == "auto" else args.attn_implementation,
         use_safetensors=True,
     )
+    data_collator.attend_by_document(base, asdict(args))
     model = add_adapter(args, base)
     if args.peft_path:
         load_adapter(model, Path(args.peft_path))

@@ -372,6 +372,26 @@ def test_resumed_with_another_number_of_stages_the_losses_stay_the_same(strategy
     assert weights_of(tmp_path / "out").keys() == weights_of(whole).keys()
 
 
+OTHERS = [("plain", "1F1B"), ("1F1B", "plain"), slow("FSDP2", "1F1B"), slow("1F1B", "FSDP2"), slow("1F1B", "ZeRO-3")]
+OTHERS += [slow("ZeRO-3", "1F1B"), slow("1F1B+LoRA", "ZeRO-3+LoRA"), slow("1F1B+LoRA", "plain PEFT")]
+
+
+@pytest.mark.parametrize(("before", "after"), [*OTHERS, slow("plain PEFT", "1F1B+LoRA")])
+def test_a_checkpoint_of_another_script_is_one_clear_error(before, after, runs, tmp_path):
+    def train(strategy, out, *flags, check):
+        num_ranks = 1 if "plain" in strategy else 2
+        rows = MICRO if "1F1B" in strategy else ["--per_device_train_batch_size", 8 // num_ranks]
+        return runs.train(strategy, num_ranks, out, *rows, *flags, check=check)
+
+    train(before, tmp_path / "first", "--max_steps", 2, check=True)
+    checkpoint = tmp_path / "first" / "checkpoint-2"
+    found = train(after, tmp_path / "out", "--resume_from_checkpoint", checkpoint, "--max_steps", 4, check=False)
+    assert 0 not in found.codes and "Traceback" not in found.output
+    assert f"error: --resume_from_checkpoint {checkpoint}: " in found.output
+    assert f"'script': '{STRATEGIES[before][0]}.py'" in found.output and "resume with the same" in found.output
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["1F1B", "1F1B+LoRA"])
 def test_killed_while_saving_and_resumed_equals_uninterrupted_bit_for_bit(strategy, runs, tmp_path):

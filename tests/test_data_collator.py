@@ -2,14 +2,18 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 from conftest import make_tokenizer, random_rows, save_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from data_collator import (
@@ -18,9 +22,11 @@ from data_collator import (
     DataCollator,
     RowSampler,
     TokenizedDataset,
+    attend_by_document,
     batches,
     check_document_attention,
     complete_checkpoint,
+    document_lengths,
     find_checkpoint,
     find_damage,
     list_checkpoints,
@@ -31,7 +37,7 @@ from data_collator import (
 )
 
 few_examples = settings(deadline=None, max_examples=60)
-both_attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+all_attentions = pytest.mark.parametrize("attention", ["documents", "sdpa", "eager"])
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -441,7 +447,9 @@ NAMES = ("input_ids", "attention_mask")
 
 
 def load(folder: Path, attention: str = "sdpa", dtype: torch.dtype = torch.float32):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    is_own = attention == "documents"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=None if is_own else attention)
+    return attend_by_document(model, {"attn_implementation": "auto" if is_own else attention, "torch_compile": False})
 
 
 def summed_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -461,7 +469,10 @@ def loss_and_gradients(model, form: str) -> tuple[torch.Tensor, dict[str, torch.
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("attention", "tolerance"), [("sdpa", 1e-10), ("eager", 1e-5)])  # eager's softmax is float32
+TOLERANCES = [("documents", 1e-10), ("sdpa", 1e-10), ("eager", 1e-5)]  # eager's softmax is float32
+
+
+@pytest.mark.parametrize(("attention", "tolerance"), TOLERANCES)
 def test_every_form_gives_the_loss_and_gradients_of_the_documents_one_by_one(tiny_model, attention, tolerance):
     model = load(tiny_model, attention, torch.float64)
     expected_loss, expected = loss_and_gradients(model, "one by one")
@@ -499,7 +510,7 @@ def logits_of_documents(model, form: str, documents: list[dict]) -> list[torch.T
     return list(logits[0].split(lengths))
 
 
-@both_attentions
+@all_attentions
 @pytest.mark.parametrize("form", FORMS)
 def test_packed_documents_do_not_see_each_other(tiny_model, form, attention):
     model, documents = load(tiny_model, attention), make_documents()
@@ -513,7 +524,7 @@ def test_packed_documents_do_not_see_each_other(tiny_model, form, attention):
         assert moved == [changed]
 
 
-@both_attentions
+@all_attentions
 def test_padding_tokens_are_never_attended_to(tiny_model, attention):
     model, documents = load(tiny_model, attention), tensors(make_documents(2))
     for rows in (documents, tensors(pack([make_documents(3), make_documents(1)]))):
@@ -530,11 +541,116 @@ def test_padding_tokens_are_never_attended_to(tiny_model, attention):
         assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
-@both_attentions
+@all_attentions
 def test_the_attention_check_passes_for_llama(tiny_model, attention):
     model = load(tiny_model, attention).train()
     check_document_attention(model, 300)
     assert model.training
+
+
+def sizes(**others) -> dict:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    return {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "eos_token_id": 1} | heads | others
+
+
+MODELS = {
+    "llama": (transformers.LlamaConfig, sizes(), "documents"),
+    "mistral, window": (transformers.MistralConfig, sizes(sliding_window=4), "documents"),
+    "qwen2": (transformers.Qwen2Config, sizes(), "documents"),
+    "gpt2": (transformers.GPT2Config, {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}, "documents"),
+    "gpt_neox": (transformers.GPTNeoXConfig, sizes(), "documents"),
+    "phi": (transformers.PhiConfig, sizes(), "documents"),
+    "gemma2, softcap": (transformers.Gemma2Config, sizes(head_dim=8), "eager"),
+    "bloom, alibi": (transformers.BloomConfig, {"vocab_size": 64, "hidden_size": 32, "n_layer": 2}, "eager"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_by_document_is_what_the_mask_gives_in_every_kind_of_model(name):
+    config_class, kwargs, expected = MODELS[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_class(**kwargs, pad_token_id=0)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)  # else attention hardly moves the logits
+    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in ((10, 8, 6), (3, 21))])
+    mask = (torch.arange(24) < torch.tensor([[24], [9]])).long()
+    input_ids, outputs = torch.randint(2, 64, (2, 24)), []
+    for attention in ("mask", "documents"):
+        if attention == "documents":
+            attend_by_document(model, {"attn_implementation": "auto", "torch_compile": False})
+        for inputs in ({"position_ids": positions}, {}, {"attention_mask": mask}):
+            model.zero_grad()
+            logits = model(input_ids=input_ids, use_cache=False, **inputs).logits[mask == 1]
+            logits.square().sum().backward()
+            outputs.append([logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert model.config._attn_implementation == expected
+    for by_mask, by_document in zip(outputs[:3], outputs[3:], strict=True):
+        assert all((a - b).norm() <= 1e-6 * a.norm() for a, b in zip(by_mask, by_document, strict=True))
+    moved = (outputs[0][0] - outputs[1][0]).norm() / outputs[0][0].norm()
+    assert (moved > 0.1) == ("alibi" not in name)  # where documents start does matter, but to those who ignore it
+
+
+def test_the_layers_get_the_lengths_of_the_documents():
+    document, places = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 2, 2, 2]]), {"q_length": 5, "kv_length": 5}
+    lengths = document_lengths(
+        2, **places, mask_function=lambda row, head, i, j: (j <= i) & (document[row, i] == document[row, j])
+    )
+    assert lengths == [[3, 2], [1, 1, 3]]
+    assert document_lengths(2, **places, mask_function=lambda row, head, i, j: (j <= i) & (row >= 0)) is None
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_a_step_computes_what_its_real_tokens_need_and_nothing_else(adapter):
+    """Floating-point operations, counted by the operator: at most 1.05 of the floor.
+
+    The floor, in multiplications and additions: 2 for each weight of the layers and real token forward, 2 backward for
+    the gradient of what the layer got and 2 for that of the weight if it is trained; the head's for target tokens only;
+    attention inside each document, counted full (not causal) as the counter does: 4 d n^2 forward, 10 d n^2 backward.
+    """
+    config = LlamaConfig(**sizes(vocab_size=1000, hidden_size=128, intermediate_size=384, num_hidden_layers=6))
+    config.tie_word_embeddings = True
+    model = base = LlamaForCausalLM(config)
+    lengths, targets = [300, 40, 512, 90], 20
+    rows = [{"input_ids": torch.randint(3, 1000, (n,)), "labels": torch.full((n,), IGNORE_INDEX)} for n in lengths]
+    for row in rows:
+        row["labels"][-targets:] = 5
+    tokens, num_targets_ = sum(lengths), targets * len(lengths)
+    weights = sum(p.numel() for layer in base.model.layers for p in layer.parameters() if p.ndim == 2)
+    if adapter:
+        model = peft.get_peft_model(base, peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    added = sum(p.numel() for p in model.parameters() if p.requires_grad) if adapter else 0
+    head = config.vocab_size * config.hidden_size * num_targets_ * (4 if adapter else 6)
+    attention = config.num_hidden_layers * config.hidden_size * sum(n * n for n in lengths) * 14
+    floor = weights * tokens * (4 if adapter else 6) + added * tokens * 6 + head + attention
+
+    def count(attention: str) -> int:
+        attend_by_document(base, {"attn_implementation": attention, "torch_compile": False})
+        batch = DataCollator(padding_free=True)(rows)
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            model(**batch, num_items_in_batch=num_targets_, use_cache=False).loss.backward()
+        return counter.get_total_flops()
+
+    dense = count("sdpa")
+    executed = count("auto")
+    print(f"floor {floor / 1e9:.3f}, executed {executed / floor:.3f} of it, with a mask {dense / floor:.3f}")
+    assert 0.9 < executed / floor <= 1.05
+    assert dense > 1.1 * floor  # one dense mask over the joined row: the counter sees attention
+
+
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **others: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **others: (
+        sdpa_backward_flop_count(gradient, q, k, v)
+    ),
+}
+
+
+def test_the_counter_sees_the_attention_of_512_tokens():
+    states = torch.randn(1, 4, 512, 32, requires_grad=True)
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        torch.nn.functional.scaled_dot_product_attention(states, states, states, is_causal=True).sum().backward()
+    assert counter.get_total_flops() == 14 * 512 * 512 * 4 * 32
 
 
 class IgnoresPositions(LlamaForCausalLM):
@@ -731,6 +847,7 @@ def test_the_receipt_names_arguments_versions_data_and_row_order(tmp_path, sampl
         "num_rows": 22,
         "rows_per_step": 8,
         "seed": 42,
+        "script": Path(sys.argv[0]).name,
     }
     assert receipt["world_size"] == len(receipt["peak_memory_bytes"]) == 1
     assert receipt["devices"] == ["cpu"] and receipt["tokens_per_second"] == 7.0

@@ -10,16 +10,16 @@ alike. All have the same model in float32, the same threads, LoRA of rank 8 on a
 --batch_size rows of at most --max_length tokens a step and no gradient checkpointing. All other settings are those that
 the system has by itself; tools/benchmark_peers.py shows each start.
 
-The rows: tokenize_dataset.py makes ours, and their ids decoded, prompt and completion, are the text that the peers get.
-Systems without packing train on the same first steps x batch_size rows, each in its own order; those with packing
-(--batch_size packed rows a step) pack the whole set. Ours reads a set that was tokenized before, peers tokenize at their
-start; the time that tokenizing took is printed.
+The rows: tokenize_dataset.py makes ours, and their ids decoded, prompt and completion, are the text that the peers get;
+the loss is on the completion. Systems without packing train on the same first steps x batch_size rows, each in its own
+order; those with packing (--batch_size packed rows a step) pack the whole set. Ours reads a set that was tokenized
+before, peers tokenize at their start; the time that tokenizing the whole set took is printed.
 
 The measuring is the same for all: a hook after each optimizer step writes the time and the process's peak memory, and
-the embedding counts the real tokens, which are those that are not the pad token. A copy of the model has one that no row
+the embedding counts the real tokens, all that are not the pad token. A copy of the model has a pad token that no row
 holds. Speed: real tokens of all steps but the first, by their time. Start: from the process's start to the end of the
 first step. Ratios are ours / the peer's within one round, and the median over rounds is shown: above 1 we are faster,
-for memory and start below 1 is better.
+for memory and start below 1 is better. A packed step is longer than one of the same number of rows, and its start, too.
 """
 
 import json
@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from datasets import load_from_disk
+from datasets.utils.logging import disable_progress_bar
 from tokenizers import Tokenizer
 from transformers import HfArgumentParser
 
@@ -135,39 +136,44 @@ def tokenize(args: Arguments, model: Path, output: Path, packing: bool) -> float
     return time.time() - started
 
 
-def make_rows(args: Arguments, model: Path, folder: Path) -> tuple[dict, float]:
-    """Returns (for packing False and True the paths of our set and of the peers' rows, seconds of tokenizing).
+def make_rows(args: Arguments, model: Path, folder: Path, packing: bool) -> tuple[dict, float]:
+    """Returns ({False: (our set, the peers' rows), True: the same for packing}, seconds of tokenizing).
+
+    Args:
+        packing: whether a system packs; else the second pair is left out.
 
     Raises:
         ValueError: there are too few rows for the steps of a run.
     """
     seconds = tokenize(args, model, folder / "all", packing=False)
-    tokenize(args, model, folder / "packed", packing=True)
     data = load_from_disk(str(folder / "all"))
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     rows, kept = [], []
     for index, row in enumerate(data):
         ids, num_prompt = row["input_ids"], sum(label == IGNORE_INDEX for label in row["labels"])
-        prompt, completion = (tokenizer.decode(part, skip_special_tokens=False)
-                              for part in (ids[:num_prompt], ids[num_prompt:]))  # fmt: skip
-        parts = [tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, completion)]
-        if PAD_ID in ids or parts != [ids[:num_prompt], ids[num_prompt:]]:
+        parts = ids[:num_prompt], ids[num_prompt:]
+        prompt, completion = (tokenizer.decode(part, skip_special_tokens=False) for part in parts)
+        again = tuple(tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, completion))
+        if PAD_ID in ids or again != parts:
             continue  # a text that a peer would tokenize to other ids
         output = tokenizer.decode(ids[num_prompt:-1], skip_special_tokens=False)  # without EOS, for those who add it
         rows.append(json.dumps({"prompt": prompt, "completion": completion, "output": output}))
         kept.append(index)
+    print(f"{len(kept)} of {len(data)} rows decode to text that gives the same ids")
     num_rows = args.steps * args.batch_size
-    num_packed = len(load_from_disk(str(folder / "packed")))
-    print(f"{len(kept)} of {len(data)} rows decode to text that gives the same ids; {num_packed} packed rows")
-    if min(len(kept), num_packed) < num_rows:
-        raise ValueError(f"--steps {args.steps}: {num_rows} rows are needed, packed ones too; --data has {len(kept)} "
-                         f"rows, {num_packed} packed; choose fewer")  # fmt: skip
-    data.select(kept[:num_rows]).save_to_disk(str(folder / "first"))
+    sets = {False: (str(folder / "first"), str(folder / "first.jsonl"))}
+    (folder / "first.jsonl").write_text("\n".join(rows[:num_rows]), encoding="utf-8")
+    if packing:
+        tokenize(args, model, folder / "packed", packing=True)
+        (folder / "packed.jsonl").write_text("\n".join(rows), encoding="utf-8")
+        sets[True] = (str(folder / "packed"), str(folder / "packed.jsonl"))
+    num_least = min(len(kept), len(load_from_disk(sets[True][0])) if packing else len(kept))
+    if num_least < num_rows:
+        raise ValueError(f"--steps {args.steps}: needs {num_rows} rows{', packed' * packing}, and --data has "
+                         f"{num_least}; choose fewer steps")  # fmt: skip
+    data.select(kept[:num_rows]).save_to_disk(sets[False][0])
     shutil.copy(folder / "all" / "ledger.json", folder / "first" / "ledger.json")
-    for name, lines in {"first": rows[:num_rows], "packed": rows}.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    names = {False: "first", True: "packed"}
-    return {key: (str(folder / name), str(folder / f"{name}.jsonl")) for key, name in names.items()}, seconds
+    return sets, seconds
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -238,14 +244,15 @@ def main() -> None:
     (args,) = HfArgumentParser(Arguments, allow_abbrev=False).parse_args_into_dataclasses()
     try:
         systems = check_arguments(args)
-        print(f"{args.rounds} rounds of {', '.join(systems)}: {args.mode}, {args.steps} steps of {args.batch_size} rows "
-              f"of at most {args.max_length} tokens, {args.threads} threads, {platform.machine()}")  # fmt: skip
+        print(f"{args.rounds} rounds of {', '.join(systems)}: {args.mode}, {args.steps} steps of {args.batch_size} "
+              f"rows of at most {args.max_length} tokens, {args.threads} threads, {platform.machine()}")  # fmt: skip
         if args.dry_run:
             return
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
+            disable_progress_bar()
             model = copy_model(Path(args.model_path), folder / "model")
-            sets, seconds = make_rows(args, model, folder)
+            sets, seconds = make_rows(args, model, folder, any("packing" in name for name in systems))
             print(f"ours was tokenized before, in {seconds:.1f} s; the peers do it within their start")
             if "litgpt" in systems:
                 convert_for_litgpt(model, folder)

@@ -153,13 +153,13 @@ def start_trainer(run: dict) -> None:
 
 
 def start_llamafactory(run: dict) -> None:
-    """`llamafactory-cli train` with its defaults, but for float32 and gradient checkpointing, on by itself."""
+    """`llamafactory-cli train` with its defaults, but for gradient checkpointing, which it switches on by itself.
+
+    Its examples set bf16, which this leaves out: a CPU without bf16 units takes minutes a step.
+    """
     stub("torchaudio")
-    from llamafactory.extras import misc
     from llamafactory.train.tuner import run_exp
 
-    # It would compute in bf16 or fp16 wherever torch can, and has no setting for float32; a CPU takes minutes a step.
-    misc._is_bf16_available = misc._is_fp16_available = False
     folder = Path(run["output"]) / "data"
     folder.mkdir(parents=True)
     columns = {"prompt": "prompt", "response": "completion"}
@@ -180,6 +180,7 @@ def start_llamafactory(run: dict) -> None:
         "max_steps": run["steps"],
         "output_dir": str(Path(run["output"]) / "run"),
         "disable_gradient_checkpointing": True,
+        "bf16": False,
         "use_cpu": True,
         "report_to": "none",
     }
@@ -196,7 +197,8 @@ class TorchtuneTokenizer:
     def __init__(self, path: str):
         from torchtune.modules.transforms.tokenizers import HuggingFaceBaseTokenizer
 
-        self.base = HuggingFaceBaseTokenizer(f"{path}/tokenizer.json", tokenizer_config_json_path=f"{path}/tokenizer_config.json")  # fmt: skip
+        files = {name: f"{path}/{name}.json" for name in ("tokenizer", "tokenizer_config")}
+        self.base = HuggingFaceBaseTokenizer(files["tokenizer"], tokenizer_config_json_path=files["tokenizer_config"])
 
     def __call__(self, row: dict) -> dict:
         prompt, completion = (self.base.encode(row[n], add_bos=False, add_eos=False) for n in ("prompt", "completion"))
@@ -290,6 +292,7 @@ def start_litgpt(run: dict) -> None:
     from litgpt.args import EvalArgs, TrainArgs
     from litgpt.data import JSON
     from litgpt.finetune import full, lora
+    from litgpt.prompts import Default
     from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
 
     model = Path(run["model"])
@@ -306,7 +309,7 @@ def start_litgpt(run: dict) -> None:
         "checkpoint_dir": model,
         "out_dir": Path(run["output"]) / "run",
         "precision": "32-true",
-        "data": JSON(folder, mask_prompt=True, prompt_style="default"),
+        "data": JSON(folder, mask_prompt=True, prompt_style=Default()),
         "train": TrainArgs(
             global_batch_size=run["batch_size"],
             micro_batch_size=run["batch_size"],

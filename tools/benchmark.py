@@ -202,7 +202,9 @@ def run_system(args: Arguments, name: str, model: Path, sets: dict, folder: Path
     started = time.time()
     finished = subprocess.run(command, cwd=folder, env=os.environ | settings, capture_output=True, text=True)
     if finished.returncode != 0 or not Path(run["log"]).is_file():
-        raise ValueError(f"{name} failed:\n{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}")
+        raise ValueError(
+            f"{name} failed with status {finished.returncode}:\n{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}"
+        )
     steps = [json.loads(line) for line in Path(run["log"]).read_text().splitlines()]
     if odd := [step for step in steps if step.get("dtype") != "torch.float32" or step["real_tokens"] == 0]:
         raise ValueError(f"{name}: a step without tokens, or not in float32, so it cannot be compared: {odd[0]}")
@@ -256,11 +258,18 @@ def main() -> None:
             print(f"ours was tokenized before, in {seconds:.1f} s; the peers do it within their start")
             if "litgpt" in systems:
                 convert_for_litgpt(model, folder)
-            results = {name: [] for name in systems}
+            results, failed = {name: [] for name in systems}, []
             for i in range(args.rounds):
-                for name in systems:
+                for name in list(results):
                     print(f"round {i + 1}: {name}", file=sys.stderr, flush=True)
-                    results[name].append(run_system(args, name, model, sets, folder / "run"))
+                    try:
+                        results[name].append(run_system(args, name, model, sets, folder / f"{name}-{i}"))
+                    except ValueError as problem:
+                        if name == "ours":
+                            raise
+                        print(f"error: {problem}", file=sys.stderr, flush=True)
+                        failed.append(name)  # the hours that the others took are not lost
+                        del results[name]
     except ValueError as mistakes:
         sys.exit(f"error: {mistakes}")
     summary = summarize(results)
@@ -268,6 +277,8 @@ def main() -> None:
     if args.json:
         report = {"arguments": asdict(args), "tokenize_seconds": seconds, "summary": summary, "rounds": results}
         Path(args.json).write_text(json.dumps(report, indent=2))
+    if failed:
+        sys.exit(f"error: failed and left out: {', '.join(failed)}")
 
 
 def convert_for_litgpt(model: Path, folder: Path) -> None:

@@ -319,7 +319,7 @@ def start_litgpt(run: dict) -> None:
             save_interval=None,
             max_seq_length=run["max_length"],
         ),
-        "eval": EvalArgs(interval=10**6, max_iters=1, initial_validation=False),
+        "eval": EvalArgs(interval=10**6, max_new_tokens=1, max_iters=1, initial_validation=False),
     }
     if run["mode"] == "full":
         full.setup(**settings)

@@ -108,7 +108,9 @@ def test_every_command_of_the_readme_runs(repository):
         assert run(commands[0], repository).returncode == 0
     assert len(commands) >= 8
     for command in commands[2:]:
+        started = time.perf_counter()
         completed = run(command, repository)
+        print(f"{time.perf_counter() - started:5.1f} s  {command}")
         assert completed.returncode == 0, f"{command}\n{completed.stdout}\n{completed.stderr}"
 
 

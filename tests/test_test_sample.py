@@ -300,6 +300,7 @@ def test_a_conversation_is_rendered_as_in_training(workplace, monkeypatch, capsy
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(tmp_path):
+    import functools
     import signal
     import subprocess
 
@@ -307,7 +308,10 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
     command = [sys.executable, "test_sample.py", "--model_path", folder, "--chat", "True", "--max_new_tokens", "8000"]
-    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    # Tests that run in the background ignore Ctrl-C, and so would what they start.
+    answer_to_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=answer_to_ctrl_c, **pipes)
     process.stdin.write("endless\n")
     process.stdin.flush()
     while not process.stdout.readline().startswith("/quit"):

@@ -5,8 +5,9 @@ It is shared because a mistake here would be wrong in every strategy at once. Th
   padding-free  the collator joins the rows of a batch into one long row, so no position is wasted on padding
   packed        tokenize_dataset.py --packing True joined whole documents into rows beforehand
 
-A token attends to its own document only. transformers builds that block mask from `position_ids` that restart at 0,
-but only when no `attention_mask` and no cache are passed: always call the model with `use_cache=False`.
+A token attends to its own document only. transformers finds the documents by `position_ids` that restart at 0, but only
+when no `attention_mask` and no cache are passed: always call the model with `use_cache=False`. Instead of a mask over
+the whole row, attend_by_document lets the layers compute one document after the other.
 
 What must be the same in every strategy's output folder stands here, too: what makes a checkpoint whole, whether it
 belongs to the same order of rows, and the receipt of a run.

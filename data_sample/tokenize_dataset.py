@@ -53,11 +53,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
 IGNORE_INDEX = -100
 CHUNK_ROWS, CHUNK_BYTES = 512, 1 << 20  # what a worker gets at once
-WRITE_TOKENS = 4_000_000  # what is gathered before it is written
-PACK_TOKENS = 8_000_000  # what is gathered before it is packed
+WRITE_TOKENS = 4_000_000  # what is gathered before it is packed and written
 SHOWN_BROKEN_ROWS = 10
 
 PLAIN_MCQ = "{question}\n\n### Answer:\n"
@@ -884,15 +884,16 @@ def pack(lengths: list[int], max_length: int) -> list[list[int]]:
 
 def join_documents(table: pa.Table, max_length: int) -> pa.Table:
     """Packs rows: documents one behind the other, with positions that restart at each."""
-    columns = {name: table[name].combine_chunks() for name in ("input_ids", "labels")}
-    offsets = columns["input_ids"].offsets.to_numpy()
-    bins = pack(np.diff(offsets).tolist(), max_length)
-    order = [member for members in bins for member in members]
-    values = {name: column.values.to_numpy() for name, column in columns.items()}
-    documents = {name: [ids[offsets[m] : offsets[m + 1]] for m in order] for name, ids in values.items()}
-    documents["position_ids"] = [np.arange(len(ids), dtype=np.int32) for ids in documents["input_ids"]]
-    ends = np.cumsum([0, *(sum(offsets[m + 1] - offsets[m] for m in members) for members in bins)]).astype(np.int32)
-    return pa.table({name: pa.ListArray.from_arrays(ends, np.concatenate(d)) for name, d in documents.items()})
+    lengths = pa.compute.list_value_length(table["input_ids"]).to_numpy()
+    bins = pack(lengths.tolist(), max_length)
+    order = np.concatenate(bins)
+    ends = np.cumsum([0, *(lengths[members].sum() for members in bins)]).astype(np.int32)
+    lengths = lengths[order]
+    starts = np.cumsum(lengths) - lengths
+    positions = np.arange(ends[-1], dtype=np.int32) - np.repeat(starts, lengths).astype(np.int32)
+    taken = table.take(order).combine_chunks()
+    columns = {name: taken[name].chunk(0).values for name in ("input_ids", "labels")} | {"position_ids": positions}
+    return pa.table({name: pa.ListArray.from_arrays(ends, values) for name, values in columns.items()})
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -946,7 +947,7 @@ class SetWriter:
     def add(self, batch: pa.RecordBatch) -> None:
         self.gathered.append(batch)
         self.num_gathered += len(batch["input_ids"].values)
-        if self.num_gathered >= (PACK_TOKENS if self.args.packing else WRITE_TOKENS):
+        if self.num_gathered >= WRITE_TOKENS:
             self.write_gathered()
 
     def write_gathered(self) -> None:

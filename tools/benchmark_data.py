@@ -58,7 +58,7 @@ def write_rows(path: Path, num_bytes: int, seed: int = 0) -> Path:
             row = {"instruction": draw.choice(sentences), "input": "", "output": output[:length]}
             rows.append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             size += len(rows[-1])
-        for _ in range(max(1, num_bytes // size)):
+        for _ in range(max(1, round(num_bytes / size))):
             file.writelines(rows)
     return path
 
@@ -88,6 +88,8 @@ def seconds_of(target, num_processes: int, arguments_of) -> float:
 
 
 def measure_rate(args: argparse.Namespace) -> None:
+    import datasets  # noqa: F401 - as the tokenizer, before the clock starts: a fork has what its parent imported
+
     program = load_program()
     with tempfile.TemporaryDirectory() as folder:
         raw = write_rows(Path(folder) / "rows.jsonl", int(args.megabytes.split(",")[0]) * 1_000_000)

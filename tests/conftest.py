@@ -104,3 +104,10 @@ def tiny_model(tmp_path_factory) -> Path:
 def tiny_set(tmp_path_factory) -> Path:
     """22 rows: two whole optimizer steps of 8 rows an epoch, and a short last one of 6."""
     return save_rows(random_rows(22), tmp_path_factory.mktemp("sets") / "rows")
+
+
+@pytest.fixture(scope="session")
+def sample_model() -> Path:
+    """The real model, fetched if the quickstart has not been run. Its tests are of the xdist_group "sample model"."""
+    run_script("tools/get_sample_model.py", HF_HUB_OFFLINE="0")
+    return ROOT / "models" / "SmolLM2-135M-Instruct"

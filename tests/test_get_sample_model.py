@@ -41,15 +41,7 @@ def test_a_folder_that_is_something_else_is_not_touched(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.fixture(scope="module")
-def sample_model():
-    """The real model, fetched if the quickstart has not been run."""
-    from conftest import run_script
-
-    run_script("tools/get_sample_model.py", HF_HUB_OFFLINE="0")
-    return ROOT / "models" / "SmolLM2-135M-Instruct"
-
-
+@pytest.mark.xdist_group("sample model")
 def test_the_sample_model_is_an_ordinary_folder_that_answers(sample_model):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

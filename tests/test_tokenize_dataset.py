@@ -1027,6 +1027,32 @@ def test_a_sentencepiece_tokenizer_gives_back_every_text(tmp_path, sentencepiece
     assert ledger["languages"]["Latin"]["fragments"] > 0  # the Chinese input
 
 
+@pytest.mark.xdist_group("sample model")
+def test_the_sample_models_tokenizer_gives_back_every_text(tmp_path, sample_model):
+    tokenizer = AutoTokenizer.from_pretrained(sample_model)
+    answers = ["Hello", " two spaces  inside", "\nline", "你好 👩‍⚕️", "tab\t.", "  x", "naïve \u202bשלום\u202c", "a\x00b", "2024"]
+    raw_rows = [TASK | {"output": answer} for answer in answers]
+    rows, ledger = tokenize(tmp_path / "rows.jsonl", raw_rows, tokenizer, format="alpaca")
+    for answer, row in zip(answers, rows, strict=True):
+        messages = [{"role": "user", "content": "Translate.\n\n你好 👋"}, {"role": "assistant", "content": answer}]
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert text_of(tokenizer, row["input_ids"]) == rendered.rstrip()  # nobody predicts the last line end
+        assert text_of(tokenizer, targets_of(row)) == f"{answer}<|im_end|>"
+        prompt = row["input_ids"][: -len(targets_of(row))]
+        assert prompt == tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
+    assert ledger["bos_at_start"] == {"0": 0, "1": len(answers), "2": 0}  # <|im_start|>, written by the template
+
+    conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "你好"}] * 2
+    (row,), _ = tokenize(tmp_path / "chat.jsonl", [{"messages": conversation}], tokenizer, format="chat")
+    assert text_of(tokenizer, row["input_ids"]) == tokenizer.apply_chat_template(conversation, tokenize=False).rstrip()
+    assert text_of(tokenizer, targets_of(row)) == "你好<|im_end|>" * 2
+
+    (row,), _ = tokenize(tmp_path / "question.jsonl", [QUESTION], tokenizer)
+    assert [text_of(tokenizer, ids) for ids in row["options"]] == [
+        f"{option}<|im_end|>" for option in ("Cardiology", "Urology", "眼科", "Dentistry")
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["medqa_dev.jsonl", "alpaca_en_demo.json"])
 def test_real_rows_go_through(tmp_path, tokenizers, name):

@@ -439,7 +439,9 @@ class RowTrainer:
             self.stop(f"error: step {self.last_step} has loss {logs['loss']} and gradient norm {logs['grad_norm']}; "
                       "checkpoints saved before are good; lower --learning_rate")  # fmt: skip
         logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
-        super().log(logs | ({"eval_loss": self.evaluate()} if self.is_evaluated else {}), *args, **kwargs)
+        logs |= {"eval_loss": self.evaluate()} if self.is_evaluated else {}
+        super().log(logs | {"peak_memory_bytes": peak_memory()}, *args, **kwargs)
+        del self.state.log_history[-1]["peak_memory_bytes"]  # for TensorBoard: a resumed run's history stays the same
 
     @torch.no_grad()
     def evaluate(self, *args, **kwargs) -> float:

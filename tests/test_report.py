@@ -46,6 +46,7 @@ def test_a_run_that_goes_on_is_read_from_tensorboard_and_its_newest_complete_che
         for step in range(first, last + 1):
             writer.add_scalar("train/loss", loss + step / 3, step, walltime=1000.0 + 2 * step)
             writer.add_scalar("train/num_input_tokens_seen", 100 * step, step, walltime=1000.0 + 2 * step)
+            writer.add_scalar("train/peak_memory_bytes", step * 2**30, step, walltime=1000.0 + 2 * step)
         writer.add_scalar("eval/loss", 2.5, last, walltime=1000.0 + 2 * last)  # transformers' name for it
         writer.close()
     checkpoint = tmp_path / "checkpoint-3"
@@ -64,6 +65,7 @@ def test_a_run_that_goes_on_is_read_from_tensorboard_and_its_newest_complete_che
     steps, speeds = report.speed(run.rows)
     assert steps.tolist() == list(range(2, 9)) and speeds == pytest.approx([50.0] * 7)
     assert report.curve(run.rows, "eval_loss")[0].tolist() == [8]  # that of step 6 was trained again
+    assert [points.tolist() for points in report.memory(run)] == [list(range(1, 9))] * 2
 
 
 def test_a_hundred_thousand_points_are_thinned_and_no_spike_is_lost():
@@ -115,14 +117,14 @@ def test_mistakes_are_reported_together_and_nothing_is_written(tmp_path, monkeyp
 
 
 # -------------------------------------------------------------------------------------------------------------------
-# Slow: real runs of all five scripts, a run watched while it goes on, a real browser
+# Slow: real runs of all scripts, a run watched while it goes on, a real browser
 # -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_runs_of_all_five_scripts_are_shown_together(tiny_model, tiny_set, tmp_path):
+def test_runs_of_all_six_scripts_are_shown_together(tiny_model, tiny_set, tmp_path):
     scripts = ["finetune_pp", "finetune_pp_peft", "finetune_pp_peft_trainer", "finetune_pp_peft_trainer_lora"]
-    scripts += ["finetune_pp_peft_trainer_deepspeed"]
+    scripts += ["finetune_pp_peft_trainer_deepspeed", "finetune_pp_1f1b"]
     for script in scripts:
         run_script(f"{script}.py", "--model_path", tiny_model, "--dataset_path", tiny_set, "--eval_dataset_path",
                    tiny_set, "--eval_steps", 2, "--output_dir", tmp_path / script, *FAST)  # fmt: skip
@@ -133,6 +135,10 @@ def test_runs_of_all_five_scripts_are_shown_together(tiny_model, tiny_set, tmp_p
             assert report.curve(run.rows, name)[0].tolist() == [1, 2, 3, 4, 5, 6], (script, name)
         assert report.curve(run.rows, "eval_loss")[0].tolist() == [2, 4, 6], script
         assert report.speed(run.rows)[0].tolist() == [2, 3, 4, 5, 6], script
+        steps, gib = report.memory(run)
+        assert steps.tolist() == [1, 2, 3, 4, 5, 6] and (np.diff(gib) >= 0).all() and 0.1 < gib[0] < 4, script
+        assert not any("peak_memory_bytes" in row for row in json.loads(
+            (tmp_path / script / "trainer_state.json").read_text())["log_history"]), script  # fmt: skip
         assert report.summarize(run)["peak GiB"] != "–"
 
 

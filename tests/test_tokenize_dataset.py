@@ -1030,7 +1030,17 @@ def test_a_sentencepiece_tokenizer_gives_back_every_text(tmp_path, sentencepiece
 @pytest.mark.xdist_group("sample model")
 def test_the_sample_models_tokenizer_gives_back_every_text(tmp_path, sample_model):
     tokenizer = AutoTokenizer.from_pretrained(sample_model)
-    answers = ["Hello", " two spaces  inside", "\nline", "你好 👩‍⚕️", "tab\t.", "  x", "naïve \u202bשלום\u202c", "a\x00b", "2024"]
+    answers = [
+        "Hello",
+        " two spaces  inside",
+        "\nline",
+        "你好 👩‍⚕️",
+        "tab\t.",
+        "  x",
+        "naïve \u202bשלום\u202c",
+        "a\x00b",
+        "2024",
+    ]
     raw_rows = [TASK | {"output": answer} for answer in answers]
     rows, ledger = tokenize(tmp_path / "rows.jsonl", raw_rows, tokenizer, format="alpaca")
     for answer, row in zip(answers, rows, strict=True):

@@ -10,8 +10,8 @@ unless --report_to none) or from the newest complete checkpoint, and --watch wri
 seconds until all runs have ended.
 
 Where the curves come from: trainer_state.json holds loss, evaluation loss, gradient norm, learning rate and tokens.
-Tokens/s need the time of each step, which only runs/ has. Memory is the peak of each process, from run.json; the
-scripts do not log it by step.
+Tokens/s need the time of each step, which only runs/ has, and there alone memory is logged by step: the most that the
+first process has held so far. The peak of every process stands in run.json.
 """
 
 import html
@@ -143,6 +143,21 @@ def speed(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps, dtype=float), np.array(speeds, dtype=float)
 
 
+def memory(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and the first process's peak until then, in GiB; of a run without runs/, the last step's alone."""
+    steps, values = curve(run.rows, "peak_memory_bytes")
+    if len(steps) == 0 and run.rows and run.receipt:
+        steps, values = np.array([run.rows[-1]["step"]]), np.array(run.receipt["peak_memory_bytes"][:1])
+    return steps, values / 2**30
+
+
+def points_of(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one panel's curve."""
+    if name == "memory":
+        return memory(run)
+    return speed(run.rows) if name == "speed" else curve(run.rows, name)
+
+
 def smooth(values: np.ndarray) -> np.ndarray:
     """Exponential moving average over a fiftieth of the curve, without bias at its start (as Adam corrects its own)."""
     decay = 1 - 1 / max(1, len(values) / 50)
@@ -165,7 +180,7 @@ def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def draw(runs: list[Run]) -> plt.Figure:
-    """Six panels: loss, evaluation loss, gradient norm, learning rate, tokens/s, peak memory."""
+    """Six panels: loss, evaluation loss, gradient norm, learning rate, tokens/s, memory."""
     available = {font.name for font in matplotlib.font_manager.fontManager.ttflist}
     plt.rcParams["font.family"] = ["DejaVu Sans", *(font for font in CHINESE_FONTS if font in available)]
     plt.rcParams["svg.fonttype"] = "none"  # text stays text, so that the page's own fonts show any language
@@ -176,6 +191,7 @@ def draw(runs: list[Run]) -> plt.Figure:
         "grad_norm": "Gradient norm",
         "learning_rate": "Learning rate",
         "speed": "Tokens per second",
+        "memory": "Peak memory of process 0, GiB (dotted: of all)",
     }
     for (name, title), axis in zip(panels.items(), axes.flat, strict=False):
         axis.set_title(title, fontsize=12)
@@ -183,12 +199,15 @@ def draw(runs: list[Run]) -> plt.Figure:
         axis.grid(alpha=0.3)
         num_curves = 0
         for number, run in enumerate(runs):
-            steps, values = speed(run.rows) if name == "speed" else curve(run.rows, name)
+            steps, values = points_of(run, name)
             finite = np.isfinite(values)
             steps, values = steps[finite], values[finite]
             if len(values) == 0:
                 continue
             num_curves += 1
+            if name == "memory" and run.receipt:
+                highest = max(run.receipt["peak_memory_bytes"]) / 2**30
+                axis.plot(steps[[0, -1]], [highest, highest], ":", color=color(number), linewidth=1.5)
             # A curve of a few points is shown by its points: a line through one of them would be invisible.
             style = {"color": color(number), "marker": "o" if len(values) <= 50 else None, "markersize": 4}
             smoothed = name in ("loss", "grad_norm", "speed") and len(values) > 50
@@ -198,6 +217,8 @@ def draw(runs: list[Run]) -> plt.Figure:
         if num_curves == 0:
             leave_empty(axis, "not logged")
             continue
+        if name == "memory":
+            axis.set_ylim(bottom=0)
         if name == "learning_rate":
             axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
         heights = np.concatenate([line.get_ydata() for line in axis.lines])
@@ -207,30 +228,10 @@ def draw(runs: list[Run]) -> plt.Figure:
         if steps.min() == steps.max():
             axis.set_xlim(steps[0] - 1, steps[0] + 1)
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
-    draw_memory(axes[1, 2], runs)
     lines = [plt.Line2D([], [], color=color(number), linewidth=3) for number in range(len(runs))]
     labels = [run.name if len(run.name) <= 60 else f"…{run.name[-59:]}" for run in runs]
     figure.legend(lines, labels, loc="outside upper left", ncols=2, frameon=False)
     return figure
-
-
-def draw_memory(axis, runs: list[Run]) -> None:
-    """A bar for each process: the most memory that it held, from the receipt."""
-    axis.set_title("Peak memory of each process, GiB", fontsize=12)
-    axis.grid(alpha=0.3, axis="y")
-    peaks = [(run.receipt or {}).get("peak_memory_bytes", []) for run in runs]
-    place, ticks = 0, []
-    for number, run_peaks in enumerate(peaks):
-        axis.bar(np.arange(place, place + len(run_peaks)), np.array(run_peaks) / 2**30, 0.85, color=color(number))
-        ticks += [(place + i, f"rank {i}") for i in range(len(run_peaks))]
-        place += len(run_peaks) + 1
-    if not ticks:
-        leave_empty(axis, "in run.json, when the run has ended")
-    elif len(ticks) <= 8:
-        axis.set_xticks(*zip(*ticks, strict=True))
-        axis.set_xlim(-1, max(place - 1, 2))
-    else:
-        axis.set_xticks([])
 
 
 def leave_empty(axis, reason: str) -> None:

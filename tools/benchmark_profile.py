@@ -1,0 +1,128 @@
+"""Shows where the time of a training step goes, and what share of the machine's matrix-product rate a loop reaches.
+
+    python tools/benchmark_profile.py -- finetune_pp_peft.py --use_cpu True --bf16 False --output_dir outputs/profile
+
+Behind `--` stands a script of one process and its flags; it runs unchanged and is ended after 2 x --steps + 1 optimizer
+steps. Behind the first one, which warms up, each of --steps steps is timed while its FLOPs are counted (what is really
+executed, attention inside documents counted full), and before it the machine multiplies two float32 matrices of
+1024 x 1024: the share is the step's rate over that one's, so a machine that is slow for a while is slow in both. Then
+--steps steps run under torch.profiler, and the operators with the most time of their own are printed.
+"""
+
+import argparse
+import os
+import runpy
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_OPERATORS = 10
+
+
+def attention_flops(query_shape, key_shape, value_shape, *args, **kwargs) -> int:
+    """The two products of a fused attention kernel, counted full; shapes are [rows, heads, T, size]."""
+    rows, heads, q_length, size = query_shape
+    return 2 * rows * heads * q_length * key_shape[2] * (size + value_shape[3])
+
+
+def attention_backward_flops(grad_shape, query_shape, key_shape, value_shape, *args, **kwargs) -> int:
+    """Five products for the forward's two, since the kernel computes the scores again."""
+    return attention_flops(query_shape, key_shape, value_shape) * 5 // 2
+
+
+# torch's counter has no formula for the CPU's kernel.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+
+
+def matrix_product_rate() -> float:
+    """FLOPs a second of this machine at this moment."""
+    a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
+    a @ b
+    started, repeats = time.perf_counter(), 20
+    for _ in range(repeats):
+        a @ b
+    return repeats * 2 * 1024**3 / (time.perf_counter() - started)
+
+
+def kind(operator: str) -> str:
+    """What an operator's time is spent on, in four words that a reader knows."""
+    name = operator.removeprefix("aten::")
+    if name in ("mm", "bmm", "addmm", "linear", "matmul"):
+        return "matrix products"
+    if "scaled_dot_product" in name:
+        return "attention"
+    if "adamw" in name or "foreach" in name:
+        return "optimizer"
+    return "element by element, and copies"
+
+
+class Watch:
+    """Follows the optimizer's steps, and prints and ends the process behind the last one."""
+
+    def __init__(self, num_steps: int):
+        self.num_steps, self.step, self.shares, self.rates = num_steps, 0, [], []
+        self.counter = self.profiler = None
+
+    def __call__(self, *_) -> None:
+        now = time.perf_counter()
+        self.step += 1
+        if self.counter:
+            self.counter.__exit__(None, None, None)
+            self.rates.append(self.counter.get_total_flops() / (now - self.started))
+            self.shares.append(self.rates[-1] / self.machine_rate)
+            self.counter = None
+        if self.step <= self.num_steps:
+            self.machine_rate = matrix_product_rate()
+            self.counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+            self.counter.__enter__()
+            self.started = time.perf_counter()
+        elif self.profiler is None:
+            self.profiler = profile(activities=[ProfilerActivity.CPU])
+            self.profiler.__enter__()
+        elif self.step > 2 * self.num_steps:
+            self.profiler.__exit__(None, None, None)
+            self.print()
+            sys.stdout.flush()
+            os._exit(0)  # what the script saves at its end is not looked at
+
+    def print(self) -> None:
+        shares = " ".join(f"{share:.0%}" for share in self.shares)
+        rate, share = statistics.median(self.rates) / 1e9, statistics.median(self.shares)
+        print(f"\n{rate:.1f} billion FLOPs a second, {share:.0%} "
+              f"of the machine's matrix products (by step: {shares})")  # fmt: skip
+        times, kinds = {}, {}
+        for event in self.profiler.key_averages():
+            times[event.key] = event.self_cpu_time_total
+            kinds[kind(event.key)] = kinds.get(kind(event.key), 0) + event.self_cpu_time_total
+        total = sum(times.values())
+        print(", ".join(f"{name} {kinds[name] / total:.0%}" for name in sorted(kinds, key=kinds.get, reverse=True)))
+        for name in sorted(times, key=times.get, reverse=True)[:NUM_OPERATORS]:
+            print(f"{times[name] / total:6.1%}  {name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps that are timed, and that are profiled")
+    parser.add_argument("script", nargs=argparse.REMAINDER, help="-- script.py and its flags")
+    args = parser.parse_args()
+    command = args.script[args.script[:1] == ["--"] :]
+    if not command or not (ROOT / command[0]).is_file() or args.steps < 1:
+        sys.exit("error: --steps must be at least 1, and a script must stand behind --, as in -- finetune_pp_peft.py")
+    register_optimizer_step_post_hook(Watch(args.steps))
+    sys.argv = command + ["--max_steps", str(2 * args.steps + 1)]
+    sys.path.insert(0, str(ROOT))
+    runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import sys
 
 import gguf
@@ -10,10 +11,10 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import ROOT, make_tokenizer, random_rows, save_rows, save_tiny_model
+from conftest import ROOT, make_tokenizer, random_rows, run_script, save_rows, save_tiny_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import data_collator
 import finetune_pp_peft
@@ -286,3 +287,67 @@ def test_logits_that_differ_leave_no_folder(tiny_model, tmp_path, monkeypatch):
     message = stop_message(monkeypatch, "--peft_path", tmp_path / "adapter", "--output", tmp_path / "out")
     assert "are off by" in message
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.slow
+def test_an_adapter_trained_on_a_4_bit_base_is_merged_into_the_unquantised_one(tmp_path, monkeypatch, capsys):
+    """Trained by the script as a user does. In no place are the merged weights those of the 4-bit base."""
+    pytest.importorskip("bitsandbytes")
+    model, rows = save_tiny_model(tmp_path / "model"), save_rows(random_rows(16), tmp_path / "set")
+    flags = ["--model_path", model, "--dataset_path", rows, "--output_dir", tmp_path / "run", "--max_steps", 2]
+    flags += ["--load_in_4bit", "True", "--use_cpu", "True", "--bf16", "False", "--learning_rate", 0.05]
+    run_script("finetune_pp_peft_trainer_lora.py", *flags)
+    run(monkeypatch, "--peft_path", tmp_path / "run", "--output", tmp_path / "merged")
+    assert "trained on the base in 4 bit, and is merged into the unquantised one" in capsys.readouterr().out
+    assert json.loads((tmp_path / "merged" / "run.json").read_text())["merged"]["trained_in_4bit"] is True
+    expected = peft.PeftModel.from_pretrained(load(model), tmp_path / "run").merge_and_unload().state_dict()
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    base = load_file(model / "model.safetensors")
+    for name in found:
+        assert torch.allclose(found[name], expected[name], rtol=1e-5, atol=1e-6), name
+    assert any(not torch.equal(found[name], base[name]) for name in found)
+
+
+PEAK = """
+import re, runpy, sys, threading, time
+peak, sys.argv = 0, sys.argv[1:]
+def watch():
+    global peak
+    while True:  # anonymous memory: what is read from a mapped file is the kernel's to take back
+        peak = max(peak, int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024)
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("peak", peak)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gguf_type", [None, "q8_0"])
+def test_weights_go_through_memory_by_shards_and_are_never_there_twice(gguf_type, tmp_path):
+    """Four shards of 64 MB: merging holds about one of them, and verifying the one model that it computes with."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_hidden_layers": 18}
+    config = LlamaConfig(vocab_size=4096, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, **shape)
+    model = LlamaForCausalLM(config)
+    copy = sum(parameter.numel() * 4 for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "model", max_shard_size="64MB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) >= 4
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_adapter(tmp_path / "model", tmp_path / "adapter")
+    tiny = save_tiny_model(tmp_path / "tiny")
+    save_adapter(tiny, tmp_path / "tiny_adapter")
+
+    def peak(adapter: str, verify: bool) -> int:
+        flags = ["--peft_path", tmp_path / adapter, "--output", tmp_path / f"{adapter} {verify}", "--verify", verify]
+        flags += ["--gguf", gguf_type] * (gguf_type is not None)
+        # Freed memory is given back at once, so that only what is held counts.
+        finished = run_script("-c", PEAK, ROOT / "tools" / "merge_lora.py", *flags, MALLOC_MMAP_THRESHOLD_="65536")
+        return int(re.search(r"peak (\d+)", finished.stdout)[1])
+
+    held = {verify: peak("adapter", verify) - peak("tiny_adapter", verify) for verify in (False, True)}
+    print(f"one copy {copy / 2**20:.0f} MB; held {held[False] / 2**20:.0f} MB, verified {held[True] / 2**20:.0f} MB")
+    assert held[False] < copy / 2 and held[True] < copy * 1.25  # reading a GGUF, transformers holds a tensor twice

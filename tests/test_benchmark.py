@@ -45,3 +45,25 @@ def test_a_missing_environment_is_an_error_with_its_command(args, monkeypatch, t
     assert "--peers trainer: no environment .venv-peers/trl; bash tools/install_peers.sh trl\n" in str(mistakes.value)
     assert ".venv-peers/torchtune; bash tools/install_peers.sh torchtune" in str(mistakes.value)
     assert "--peers nobody: choose from ours-packing, trl," in str(mistakes.value)
+
+
+@pytest.mark.slow
+def test_the_table_has_a_row_for_every_strategy(tmp_path, args):
+    """Run for real on a tiny model; MFU and HFU differ where activations are computed again, and only there."""
+    args.table, args.peak_flops = str(tmp_path / "table.md"), 1e9
+    benchmark.make_table(args, tmp_path)
+    lines = [line for line in Path(args.table).read_text().splitlines() if line.startswith("| tiny |")]
+    rows = [dict(zip(benchmark.COLUMNS, map(str.strip, line.strip("|").split("|")), strict=True)) for line in lines]
+    assert [row["strategy"] for row in rows] == [name for name, *_ in benchmark.STRATEGIES]
+    assert all(float(row["tokens/s"].replace(",", "")) > 10 for row in rows)
+    for row in rows:
+        assert (row["MFU"] != row["HFU"]) == (row["checkpointing"] == "yes")
+        assert row["devices"] == str(len(row["peak memory of each process, MB"].split(", ")))
+
+
+def test_the_weights_that_a_token_is_multiplied_with(args):
+    """An untied embedding is looked up; 2 layers, h 32, MLP 64, 2 of 4 heads for keys, vocabulary 300."""
+    num_weights, num_adapter = benchmark.count_weights(args)
+    shapes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32)]
+    assert num_weights == 300 * 32 + 2 * sum(a * b for a, b in shapes) + 5 * 32
+    assert num_adapter == 2 * 8 * sum(a + b for a, b in shapes)

@@ -4,11 +4,13 @@
     python tools/benchmark.py --data alpaca.json                         # LoRA, 20 steps, 3 rounds, all peers
     python tools/benchmark.py --data medqa.jsonl --format mcq --mode full --peers trl,trl-packing
     python tools/benchmark.py --data alpaca.json --dry_run True          # shows what would be run
+    python tools/benchmark.py --data alpaca.json --table docs/strategies.md
 
 Each system is a process of its own, started in turn, --rounds times, so that what else the machine does falls on all
 alike. All have the same model in float32, the same threads, LoRA of rank 8 on all linear layers or full fine-tuning,
---batch_size rows of at most --max_length tokens a step and no gradient checkpointing. All other settings are those that
-the system has by itself; tools/benchmark_peers.py shows each start.
+without dropout as PEFT, TRL, LLaMA-Factory and torchtune have it by themselves, --batch_size rows of at most
+--max_length tokens a step and no gradient checkpointing. All other settings are those that the system has by itself;
+tools/benchmark_peers.py shows each start.
 
 The rows: tokenize_dataset.py makes ours, and their ids decoded, prompt and completion, are the text that the peers get;
 the loss is on the completion. Systems without packing train on the same first steps x batch_size rows, each in its own
@@ -20,6 +22,12 @@ the embedding counts the real tokens, all that are not the pad token. A copy of 
 holds. Speed: real tokens of all steps but the first, by their time. Start: from the process's start to the end of the
 first step. Ratios are ours / the peer's within one round, and the median over rounds is shown: above 1 we are faster,
 for memory and start below 1 is better. A packed step is longer than one of the same number of rows, and its start, too.
+
+--table measures every strategy of this toolkit instead, on this machine: as one process or as one for each GPU (without
+a GPU: as two), each with --batch_size rows for each of them a step, --steps steps of which the first is left out. MFU is
+the share of the machine's matrix-product rate (--peak_flops, or measured in the same run) that the model's own work
+makes up: 6 FLOPs for each trained weight and token, 4 for each frozen one, attention left out. HFU also counts what
+gradient checkpointing computes again.
 """
 
 import json
@@ -34,12 +42,18 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import load_from_disk
 from datasets.utils.logging import disable_progress_bar
+from peft import LoraConfig, get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer
-from transformers import HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data_collator import use_bf16  # noqa: E402
+
 IGNORE_INDEX = -100
 PAD_ID = 0
 ENVIRONMENTS = {"trainer": "trl"}  # where a system's environment has another name
@@ -57,11 +71,14 @@ class Arguments:
     rounds: int = field(default=3, metadata={"help": "how often each system is started"})
     batch_size: int = field(default=4, metadata={"help": "rows a step"})
     max_length: int = field(default=512, metadata={"help": "most tokens of a row; longer ones are left out for all"})
-    lora_dropout: float = field(default=0.05, metadata={"help": "of all systems"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "of all systems; ours and LitGPT's default is 0.05"})
     threads: int = field(default=os.cpu_count(), metadata={"help": "of each system"})
     model_path: str = field(default="models/SmolLM2-135M-Instruct", metadata={"help": "folder of a LLaMA"})
     json: str | None = field(default=None, metadata={"help": "file for all that was measured"})
     dry_run: bool = field(default=False, metadata={"help": "show what would be run, and run nothing"})
+    table: str | None = field(default=None, metadata={"help": "measure our strategies instead; the file to write"})
+    tokens: float = field(default=2.5e9, metadata={"help": "--table: tokens of the epoch whose hours are given"})
+    peak_flops: float = field(default=0, metadata={"help": "--table: of a device, by its data sheet; 0: measure it"})
 
 
 def check_arguments(args: Arguments) -> list[str]:
@@ -242,6 +259,158 @@ def print_table(summary: dict[str, dict]) -> None:
               f"| {row['start_seconds']:.1f} | {row['start_seconds_ratio']:.2f} |")  # fmt: skip
 
 
+# -------------------------------------------------------------------------------------------------------------------
+# --table: what each strategy of this toolkit takes on this machine
+# -------------------------------------------------------------------------------------------------------------------
+
+DEEPSPEED = "finetune_pp_peft_trainer_deepspeed.py --deepspeed ds_configs/"
+CHECKPOINTING = " --gradient_checkpointing True"
+# Name, script and flags, whether it is one process, and what is sharded.
+STRATEGIES = [
+    ("pp", "finetune_pp.py", True, "none"),
+    ("pp, checkpointing", "finetune_pp.py" + CHECKPOINTING, True, "none"),
+    ("pp, LoRA", "finetune_pp_peft.py", True, "none"),
+    ("1F1B", "finetune_pp_1f1b.py", False, "layers"),
+    ("1F1B, LoRA", "finetune_pp_1f1b.py --lora_used True", False, "layers"),
+    ("FSDP", "finetune_pp_peft_trainer.py", False, "weights, gradients, optimizer"),
+    ("FSDP, checkpointing", "finetune_pp_peft_trainer.py" + CHECKPOINTING, False, "weights, gradients, optimizer"),
+    ("FSDP, LoRA", "finetune_pp_peft_trainer_lora.py", False, "weights, gradients, optimizer"),
+    ("ZeRO-2", DEEPSPEED + "zero2.json", False, "gradients, optimizer"),
+    ("ZeRO-3", DEEPSPEED + "zero3.json", False, "weights, gradients, optimizer"),
+    ("ZeRO-3, LoRA", DEEPSPEED + "zero3.json --lora_used True", False, "weights, gradients, optimizer"),
+]
+# Only where there is a GPU to offload from.
+STRATEGIES_ON_GPUS = [
+    ("ZeRO-2, offload", DEEPSPEED + "zero2_offload.json", False, "gradients, optimizer"),
+    ("ZeRO-3, offload", DEEPSPEED + "zero3_offload.json", False, "weights, gradients, optimizer"),
+]
+COLUMNS = ["model", "strategy", "hours per epoch", "sequence length", "devices", "MFU", "HFU", "micro-batch"]
+COLUMNS += ["accumulation", "tokens/s", "tokens/s/device", "precision", "sharded", "checkpointing", "offload"]
+COLUMNS += ["peak memory of each process, MB"]
+QUOTED = """
+Quoted, not measured here:
+
+| model | strategy | devices | tokens/s/device | MFU | hours for 2.5e9 tokens | source |
+|---|---|---|---|---|---|---|
+| LLaMA 7B | FSDP, 384 rows of 512 tokens a step | 8 A100-80G | about 2,400 | about 32 % | 35 | the table of the guide that this toolkit continues |
+| MPT 7B | FSDP, 512 tokens | A100-80G | 4,099 | 53.5 % | | MosaicML, llm-foundry, scripts/train/benchmarking |
+| LLaMA 2 7B | FSDP, 4,096 tokens | 128 A100-80G | 3,700 | 57 % | | IBM and Meta, "Maximizing training throughput using PyTorch FSDP" |
+"""  # noqa: E501 - Markdown's rows cannot be broken
+
+
+def measured_flops(threads: int) -> float:
+    """FLOPs a second of a device: products of 1024 x 1024 in float32 on CPU cores, 8192 x 8192 in bf16 on a GPU."""
+    on_gpu = torch.cuda.is_available()
+    torch.set_num_threads(threads)
+    size, repeats = (8192, 20) if on_gpu else (1024, 20)
+    a = torch.rand(size, size, device="cuda", dtype=torch.bfloat16) if on_gpu else torch.rand(size, size)
+    a @ a
+    if on_gpu:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        a @ a
+    if on_gpu:
+        torch.cuda.synchronize()
+    return repeats * 2 * size**3 / (time.perf_counter() - started)
+
+
+def run_strategy(args: Arguments, script: str, processes: int, threads: int, data: Path, output: Path) -> dict:
+    """Trains --steps steps and returns speed, memory and the receipt.
+
+    Raises:
+        ValueError: the script failed.
+    """
+    others = torch.cuda.device_count() or 2  # processes of the strategies that split the rows among them
+    micro_batch, accumulation = args.batch_size, others if processes == 1 else 1
+    if script.startswith("finetune_pp_1f1b.py"):  # each process sees all rows, in small micro-batches
+        micro_batch = max(1, args.batch_size // 4)
+        accumulation = others * args.batch_size // micro_batch
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [*script.split(), "--model_path", args.model_path, "--dataset_path", str(data), "--output_dir"]
+    command += [str(output), "--max_steps", str(args.steps), "--per_device_train_batch_size", str(micro_batch)]
+    command += ["--gradient_accumulation_steps", str(accumulation), "--num_train_epochs", "1"]
+    bf16 = use_bf16("auto", not torch.cuda.is_available())
+    command += ["--bf16", str(bf16), "--use_cpu", str(not torch.cuda.is_available())]
+    finished = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True
+    )
+    if finished.returncode != 0:
+        raise ValueError(f"{script} failed with status {finished.returncode}:\n{finished.stderr[-4000:]}")
+    events = EventAccumulator(str(output / "runs")).Reload().Scalars("train/num_input_tokens_seen")
+    receipt = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    shutil.rmtree(output)
+    seconds = events[-1].wall_time - events[0].wall_time
+    return {"tokens_per_second": (events[-1].value - events[0].value) / seconds, "micro_batch": micro_batch,
+            "accumulation": accumulation, "memory": receipt["peak_memory_bytes"], "bf16": bf16}  # fmt: skip
+
+
+def count_weights(args: Arguments) -> tuple[int, int]:
+    """Weights that a token is multiplied with, and those of the adapter. An embedding is looked up, not multiplied."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model_path))
+        num_weights = sum(p.numel() for p in model.parameters())
+        if not model.config.tie_word_embeddings:
+            num_weights -= model.get_input_embeddings().weight.numel()
+        lora = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return num_weights, sum(p.numel() for p in lora.parameters() if p.requires_grad)
+
+
+def make_row(args: Arguments, strategy: tuple, data: Path, folder: Path, weights: tuple[int, int]) -> list[str]:
+    """Measures one strategy; the cells of its row, in the order of COLUMNS."""
+    name, script, is_one_process, sharded = strategy
+    num_gpus, is_lora, is_checkpointed = torch.cuda.device_count(), "LoRA" in name, "checkpointing" in name
+    processes = 1 if is_one_process else num_gpus or 2
+    threads = max(1, args.threads // processes)
+    peak = args.peak_flops or measured_flops(threads)
+    measured = run_strategy(args, script, processes, threads, data, folder / "run")
+    devices = (num_gpus or 1) if is_one_process else processes
+    num_weights, num_adapter = weights
+    per_token = 4 * num_weights + 6 * num_adapter if is_lora else 6 * num_weights
+    recomputed = 2 * num_weights if is_checkpointed else 0
+    speed = measured["tokens_per_second"]
+    return [
+        Path(args.model_path).name,
+        name,
+        f"{args.tokens / speed / 3600:,.0f}",
+        f"up to {args.max_length}",
+        str(devices),
+        f"{speed * per_token / devices / peak:.0%}",
+        f"{speed * (per_token + recomputed) / devices / peak:.0%}",
+        str(measured["micro_batch"]),
+        str(measured["accumulation"]),
+        f"{speed:,.0f}",
+        f"{speed / devices:,.0f}",
+        "bf16" if measured["bf16"] else "float32",
+        sharded,
+        "yes" if is_checkpointed else "no",
+        "yes" if "offload" in name else "no",
+        ", ".join(f"{peak / 1e6:,.0f}" for peak in measured["memory"]),
+    ]
+
+
+def make_table(args: Arguments, folder: Path) -> None:
+    """Runs every strategy and writes the Markdown table, anew after each row, so that nothing measured is lost."""
+    tokenize(args, Path(args.model_path), folder / "set", packing=False)
+    weights, num_gpus = count_weights(args), torch.cuda.device_count()
+    machine = f"{num_gpus} x {torch.cuda.get_device_name()}" if num_gpus else f"{args.threads} CPU cores"
+    head = (
+        f"# What each strategy costs\n\n`python tools/benchmark.py --data {Path(args.data).name} --table {args.table}` "
+        f"wrote this.\nMachine: {machine}, of which each process has its share; torch {torch.__version__}. Each "
+        f"strategy was run once, {args.steps} steps of\n{(num_gpus or 2) * args.batch_size} rows, the first left out; "
+        f"padding-free, so all tokens are real ones. An epoch has {args.tokens:g} tokens.\n\n"
+        f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
+    )
+    rows = []
+    for strategy in STRATEGIES + STRATEGIES_ON_GPUS * (num_gpus > 0):
+        print(strategy[0], file=sys.stderr, flush=True)
+        rows.append(f"| {' | '.join(make_row(args, strategy, folder / 'set', folder, weights))} |\n")
+        Path(args.table).write_text(head + "".join(rows) + QUOTED, encoding="utf-8")
+    print(Path(args.table).read_text(encoding="utf-8"))
+
+
 def main() -> None:
     (args,) = HfArgumentParser(Arguments, allow_abbrev=False).parse_args_into_dataclasses()
     try:
@@ -253,6 +422,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
             disable_progress_bar()
+            if args.table:
+                return make_table(args, folder)
             model = copy_model(Path(args.model_path), folder / "model")
             sets, seconds = make_rows(args, model, folder, any("packing" in name for name in systems))
             print(f"ours was tokenized before, in {seconds:.1f} s; the peers do it within their start")

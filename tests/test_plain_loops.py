@@ -138,7 +138,10 @@ def kill_at_random(process, output_dir):
     assert newest_complete(output_dir) > before
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+# Prefix and prompt save and resume by the same lines as ptuning.
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(s, marks=[pytest.mark.slow] * (s in ("prefix", "prompt"))) for s in STRATEGIES]
+)
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(strategy, tmp_path):
     """Dropout on, killed while a checkpoint was being written and again at a random moment."""
     model = save_tiny_model(tmp_path / "model")

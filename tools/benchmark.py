@@ -24,7 +24,7 @@ first step. Ratios are ours / the peer's within one round, and the median over r
 for memory and start below 1 is better. A packed step is longer than one of the same number of rows, and its start, too.
 
 --table measures every strategy of this toolkit instead, on this machine: as one process or as one for each GPU (without
-a GPU: as two), each with --batch_size rows for each of them a step, --steps steps of which the first is left out. MFU is
+a GPU: as two), each with --batch_size rows for each of them a step, --steps steps, the first of them left out. MFU is
 the share of the machine's matrix-product rate (--peak_flops, or measured in the same run) that the model's own work
 makes up: 6 FLOPs for each trained weight and token, 4 for each frozen one, attention left out. HFU also counts what
 gradient checkpointing computes again.

@@ -9,8 +9,9 @@
 Each system is a process of its own, started in turn, --rounds times, so that what else the machine does falls on all
 alike. All have the same model in float32, the same threads, LoRA of rank 8 on all linear layers or full fine-tuning,
 without dropout as PEFT, TRL, LLaMA-Factory and torchtune have it by themselves, --batch_size rows of at most
---max_length tokens a step and no gradient checkpointing. All other settings are those that the system has by itself;
-tools/benchmark_peers.py shows each start.
+--max_length tokens a step and no gradient checkpointing; with --checkpointing own, TRL and LLaMA-Factory recompute
+activations, as they do by themselves, and the others do not. All other settings are those that the system has by
+itself; tools/benchmark_peers.py shows each start.
 
 The rows: tokenize_dataset.py makes ours, and their ids decoded, prompt and completion, are the text that the peers get;
 the loss is on the completion. Systems without packing train on the same first steps x batch_size rows, each in its own
@@ -72,6 +73,9 @@ class Arguments:
     batch_size: int = field(default=4, metadata={"help": "rows a step"})
     max_length: int = field(default=512, metadata={"help": "most tokens of a row; longer ones are left out for all"})
     lora_dropout: float = field(default=0.0, metadata={"help": "of all systems; ours and LitGPT's default is 0.05"})
+    checkpointing: str = field(
+        default="off", metadata={"help": "gradient checkpointing: off, for all | own, as it comes"}
+    )
     threads: int = field(default=os.cpu_count(), metadata={"help": "of each system"})
     model_path: str = field(default="models/SmolLM2-135M-Instruct", metadata={"help": "folder of a LLaMA"})
     json: str | None = field(default=None, metadata={"help": "file for all that was measured"})
@@ -95,7 +99,11 @@ def check_arguments(args: Arguments) -> list[str]:
         elif not python_of(name).is_file():
             peer = python_of(name).parent.parent.name
             mistakes.append(f"--peers {name}: no environment .venv-peers/{peer}; bash tools/install_peers.sh {peer}")
-    for name, choices in {"mode": ["lora", "full"], "format": ["alpaca", "mcq", "chat"]}.items():
+    for name, choices in {
+        "mode": ["lora", "full"],
+        "checkpointing": ["off", "own"],
+        "format": ["alpaca", "mcq", "chat"],
+    }.items():
         if getattr(args, name) not in choices:
             mistakes.append(f"--{name} {getattr(args, name)}: choose from {', '.join(choices)}")
     if args.steps < 2:
@@ -210,7 +218,7 @@ def run_system(args: Arguments, name: str, model: Path, sets: dict, folder: Path
     run = {"system": system, "variant": variant, "model": str(model), "tokenized": tokenized, "rows": rows}
     run |= {"output": str(folder / "output"), "log": str(folder / "steps.jsonl"), "mode": args.mode}
     run |= {"steps": args.steps, "batch_size": args.batch_size, "max_length": args.max_length}
-    run |= {"dropout": args.lora_dropout}
+    run |= {"dropout": args.lora_dropout, "checkpointing": args.checkpointing}
     (folder / "run.json").write_text(json.dumps(run))
     # A cache of its own: each start tokenizes anew, as the first one of a user does.
     settings = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
@@ -441,13 +449,12 @@ def main() -> None:
                         print(f"error: {problem}", file=sys.stderr, flush=True)
                         failed.append(name)  # the hours that the others took are not lost
                         del results[name]
+                print_table(summarize(results))  # after each round: an interrupted benchmark has told something
+                if args.json:
+                    report = {"arguments": asdict(args), "tokenize_seconds": seconds, "rounds": results}
+                    Path(args.json).write_text(json.dumps(report | {"summary": summarize(results)}, indent=2))
     except ValueError as mistakes:
         sys.exit(f"error: {mistakes}")
-    summary = summarize(results)
-    print_table(summary)
-    if args.json:
-        report = {"arguments": asdict(args), "tokenize_seconds": seconds, "summary": summary, "rounds": results}
-        Path(args.json).write_text(json.dumps(report, indent=2))
     if failed:
         sys.exit(f"error: failed and left out: {', '.join(failed)}")
 

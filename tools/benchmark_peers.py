@@ -102,7 +102,7 @@ def lora_config(run: dict):
 
 
 def start_trl(run: dict) -> None:
-    """SFTTrainer with its defaults, but for bf16 and gradient checkpointing, which it switches on by itself."""
+    """SFTTrainer with its defaults, but for bf16 and, unless asked for, gradient checkpointing: it switches both on."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -113,9 +113,9 @@ def start_trl(run: dict) -> None:
         max_length=run["max_length"],
         packing=run["variant"] == "packing",
         bf16=False,
-        gradient_checkpointing=False,
         use_cpu=True,
         report_to="none",
+        **({} if run.get("checkpointing") == "own" else {"gradient_checkpointing": False}),
     )
     rows = Dataset.from_list([{name: row[name] for name in ("prompt", "completion")} for row in read_rows(run)])
     peft_config = lora_config(run) if run["mode"] == "lora" else None
@@ -153,7 +153,7 @@ def start_trainer(run: dict) -> None:
 
 
 def start_llamafactory(run: dict) -> None:
-    """`llamafactory-cli train` with its defaults, but for gradient checkpointing, which it switches on by itself.
+    """`llamafactory-cli train` with its defaults, but, unless asked for, gradient checkpointing: it switches it on.
 
     Its examples set bf16, which this leaves out: a CPU without bf16 units takes minutes a step.
     """
@@ -179,7 +179,7 @@ def start_llamafactory(run: dict) -> None:
         "per_device_train_batch_size": run["batch_size"],
         "max_steps": run["steps"],
         "output_dir": str(Path(run["output"]) / "run"),
-        "disable_gradient_checkpointing": True,
+        "disable_gradient_checkpointing": run.get("checkpointing") != "own",
         "bf16": False,
         "use_cpu": True,
         "report_to": "none",

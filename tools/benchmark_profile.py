@@ -4,9 +4,11 @@
 
 Behind `--` stands a script of one process and its flags; it runs unchanged and is ended after 2 x --steps + 1 optimizer
 steps. Behind the first one, which warms up, each of --steps steps is timed while its FLOPs are counted (what is really
-executed, attention inside documents counted full), and before it the machine multiplies two float32 matrices of
-1024 x 1024: the share is the step's rate over that one's, so a machine that is slow for a while is slow in both. Then
---steps steps run under torch.profiler, and the operators with the most time of their own are printed.
+executed, attention inside documents counted full), and before it the machine multiplies float32 matrices, [m, k] x
+[k, n] of --shape m,k,n: the share is the step's rate over that one's, so a machine that is slow for a while is slow in
+both. 1024,1024,1024 is what the machine can do at its best; 768,576,1536 is a product of the sample model in a step of
+768 tokens. Then --steps steps run under torch.profiler, and the ten operators with the most time of their own are
+printed.
 """
 
 import argparse
@@ -44,14 +46,14 @@ ATTENTION = {
 }
 
 
-def matrix_product_rate() -> float:
+def matrix_product_rate(m: int, k: int, n: int) -> float:
     """FLOPs a second of this machine at this moment."""
-    a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
+    a, b = torch.rand(m, k), torch.rand(k, n)
     a @ b
     started, repeats = time.perf_counter(), 20
     for _ in range(repeats):
         a @ b
-    return repeats * 2 * 1024**3 / (time.perf_counter() - started)
+    return repeats * 2 * m * k * n / (time.perf_counter() - started)
 
 
 def kind(operator: str) -> str:
@@ -69,8 +71,8 @@ def kind(operator: str) -> str:
 class Watch:
     """Follows the optimizer's steps, and prints and ends the process behind the last one."""
 
-    def __init__(self, num_steps: int):
-        self.num_steps, self.step, self.shares, self.rates = num_steps, 0, [], []
+    def __init__(self, num_steps: int, shape: list[int]):
+        self.num_steps, self.shape, self.step, self.shares, self.rates = num_steps, shape, 0, [], []
         self.counter = self.profiler = None
 
     def __call__(self, *_) -> None:
@@ -82,7 +84,7 @@ class Watch:
             self.shares.append(self.rates[-1] / self.machine_rate)
             self.counter = None
         if self.step <= self.num_steps:
-            self.machine_rate = matrix_product_rate()
+            self.machine_rate = matrix_product_rate(*self.shape)
             self.counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
             self.counter.__enter__()
             self.started = time.perf_counter()
@@ -99,7 +101,7 @@ class Watch:
         shares = " ".join(f"{share:.0%}" for share in self.shares)
         rate, share = statistics.median(self.rates) / 1e9, statistics.median(self.shares)
         print(f"\n{rate:.1f} billion FLOPs a second, {share:.0%} "
-              f"of the machine's matrix products (by step: {shares})")  # fmt: skip
+              f"of the machine's products of {self.shape} (by step: {shares})")  # fmt: skip
         times, kinds = {}, {}
         for event in self.profiler.key_averages():
             times[event.key] = event.self_cpu_time_total
@@ -113,12 +115,13 @@ class Watch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps that are timed, and that are profiled")
+    parser.add_argument("--shape", default="1024,1024,1024", help="m,k,n of the product to compare with")
     parser.add_argument("script", nargs=argparse.REMAINDER, help="-- script.py and its flags")
     args = parser.parse_args()
     command = args.script[args.script[:1] == ["--"] :]
     if not command or not (ROOT / command[0]).is_file() or args.steps < 1:
         sys.exit("error: --steps must be at least 1, and a script must stand behind --, as in -- finetune_pp_peft.py")
-    register_optimizer_step_post_hook(Watch(args.steps))
+    register_optimizer_step_post_hook(Watch(args.steps, [int(size) for size in args.shape.split(",")]))
     sys.argv = command + ["--max_steps", str(2 * args.steps + 1)]
     sys.path.insert(0, str(ROOT))
     runpy.run_path(str(ROOT / command[0]), run_name="__main__")

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are no package: tests import them as a reader runs them, from the root
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network would hang elsewhere
+os.environ["PYTHONPATH"] = str(ROOT / "tests" / "without_bitsandbytes")
 
 import torch  # noqa: E402
 from datasets import Dataset, Features, Sequence, Value  # noqa: E402

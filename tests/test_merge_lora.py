@@ -296,7 +296,7 @@ def test_an_adapter_trained_on_a_4_bit_base_is_merged_into_the_unquantised_one(t
     model, rows = save_tiny_model(tmp_path / "model"), save_rows(random_rows(16), tmp_path / "set")
     flags = ["--model_path", model, "--dataset_path", rows, "--output_dir", tmp_path / "run", "--max_steps", 2]
     flags += ["--load_in_4bit", "True", "--use_cpu", "True", "--bf16", "False", "--learning_rate", 0.05]
-    run_script("finetune_pp_peft_trainer_lora.py", *flags)
+    run_script("finetune_pp_peft_trainer_lora.py", *flags, PYTHONPATH="")
     run(monkeypatch, "--peft_path", tmp_path / "run", "--output", tmp_path / "merged")
     assert "trained on the base in 4 bit, and is merged into the unquantised one" in capsys.readouterr().out
     assert json.loads((tmp_path / "merged" / "run.json").read_text())["merged"]["trained_in_4bit"] is True

@@ -671,7 +671,7 @@ def write_receipt(output_dir: str | Path, arguments: dict, sampler: RowSampler, 
     receipt = {
         "command": sys.argv,
         "arguments": arguments,
-        "versions": {name: version(name) for name in sorted(packages & sys.modules.keys())},
+        "versions": {name: version(name) for name in sorted(packages) if sys.modules.get(name)},
         "git_commit": git or None,
         "dataset": sampler.dataset.ledger,
         "identity": sampler.identity,

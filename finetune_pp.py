@@ -248,7 +248,7 @@ def train(args: Arguments, model, tokenizer, sampler, eval_dataset, checkpoint, 
             log["eval_loss"] = evaluate(args, model, eval_dataset, device, bf16)
         if step % args.logging_steps == 0 or step == num_steps or "eval_loss" in log:
             state["log_history"].append(log)
-            shown = log | {"peak_memory_bytes": data_collator.peak_memory()}
+            shown = log | {"peak_memory_bytes": data_collator.peak_memory()}  # not the same in a resumed run
             for name in shown if writer else ():
                 writer.add_scalar(f"train/{name}", shown[name], step)
         if step % args.save_steps == 0 or step == num_steps:

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are no package: tests import them as a reader runs them, from the root
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network would hang elsewhere
-os.environ["PYTHONPATH"] = str(ROOT / "tests" / "without_bitsandbytes")
+# For programs that tests start (not for the workers of xdist, which inherit the environment, too): see the file there.
+WITHOUT_BITSANDBYTES = {"PYTHONPATH": str(ROOT / "tests" / "without_bitsandbytes")}
 
 import torch  # noqa: E402
 from datasets import Dataset, Features, Sequence, Value  # noqa: E402
@@ -26,7 +27,7 @@ def run_script(*command, check: bool = True, **environment) -> subprocess.Comple
     completed = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | WITHOUT_BITSANDBYTES | environment,
         capture_output=True,
         text=True,
     )

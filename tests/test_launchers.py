@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, WITHOUT_BITSANDBYTES
 
 PLAIN = ["finetune_pp", "finetune_pp_peft"]
 TRAINERS = ["finetune_pp_peft_trainer", "finetune_pp_peft_trainer_lora", "finetune_pp_peft_trainer_deepspeed",
@@ -241,7 +241,7 @@ def test_nodes_meet_at_the_first_one(launcher, told):
 
 
 def launch(*command, folder: Path = ROOT, **environment) -> subprocess.CompletedProcess:
-    variables = {"USE_CPU": "1", "NUM_GPUS": "2", "OMP_NUM_THREADS": "1"} | environment
+    variables = {"USE_CPU": "1", "NUM_GPUS": "2", "OMP_NUM_THREADS": "1"} | WITHOUT_BITSANDBYTES | environment
     completed = subprocess.run(
         list(map(str, command)),
         cwd=folder,

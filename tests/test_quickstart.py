@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, save_tiny_model
+from conftest import ROOT, WITHOUT_BITSANDBYTES, save_tiny_model
 
 pytestmark = pytest.mark.xdist_group("quickstart")  # one worker, so that its slow fixture is made once
 CHAT_TEMPLATE = (
@@ -45,7 +45,7 @@ def run(command: str, folder: Path, **environment) -> subprocess.CompletedProces
     return subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
-        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | WITHOUT_BITSANDBYTES | environment,
         capture_output=True,
         text=True,
     )
@@ -61,7 +61,7 @@ def test_the_quickstart_goes_from_a_model_to_a_table(repository):
     started = subprocess.Popen(
         ["bash", "scripts/quickstart.sh"],
         cwd=repository,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | WITHOUT_BITSANDBYTES,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

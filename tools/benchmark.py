@@ -8,7 +8,7 @@
 
 Each system is a process of its own, started in turn, --rounds times, so that what else the machine does falls on all
 alike. All have the same model in float32, the same threads, LoRA of rank 8 on all linear layers or full fine-tuning,
-without dropout as PEFT, TRL, LLaMA-Factory and torchtune have it by themselves, --batch_size rows of at most
+without dropout (the default of PEFT, LLaMA-Factory and torchtune), --batch_size rows of at most
 --max_length tokens a step and no gradient checkpointing; with --checkpointing own, TRL and LLaMA-Factory recompute
 activations, as they do by themselves, and the others do not. All other settings are those that the system has by
 itself; tools/benchmark_peers.py shows each start.
@@ -27,13 +27,14 @@ for memory and start below 1 is better. A packed step is longer than one of the 
 --table measures every strategy of this toolkit instead, on this machine: as one process or as one for each GPU (without
 a GPU: as two), each with --batch_size rows for each of them a step, --steps steps, the first of them left out. MFU is
 the share of the machine's matrix-product rate (--peak_flops, or measured in the same run) that the model's own work
-makes up: 6 FLOPs for each trained weight and token, 4 for each frozen one, attention left out. HFU also counts what
-gradient checkpointing computes again.
+makes up: 6 FLOPs for each trained weight and token, 4 for each frozen one, the output layer counted for every token and
+attention left out, as is usual. HFU also counts the layers that gradient checkpointing computes again.
 """
 
 import json
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -72,7 +73,7 @@ class Arguments:
     rounds: int = field(default=3, metadata={"help": "how often each system is started"})
     batch_size: int = field(default=4, metadata={"help": "rows a step"})
     max_length: int = field(default=512, metadata={"help": "most tokens of a row; longer ones are left out for all"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "of all systems; ours and LitGPT's default is 0.05"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "of all systems; our scripts have 0.05 by default"})
     checkpointing: str = field(
         default="off", metadata={"help": "gradient checkpointing: off, for all | own, as it comes"}
     )
@@ -93,6 +94,10 @@ def check_arguments(args: Arguments) -> list[str]:
     """
     mistakes = []
     peers = [name.strip() for name in args.peers.split(",") if name.strip() not in ("", "none", "ours")]
+    if args.table:
+        peers = []
+        if not Path(args.table).absolute().parent.is_dir():
+            mistakes.append(f"--table {args.table}: no such folder; name a file in one that is there")
     for name in peers:
         if name not in SYSTEMS:
             mistakes.append(f"--peers {name}: choose from {', '.join(SYSTEMS[1:])}, or none")
@@ -292,6 +297,12 @@ STRATEGIES_ON_GPUS = [
     ("ZeRO-2, offload", DEEPSPEED + "zero2_offload.json", False, "gradients, optimizer"),
     ("ZeRO-3, offload", DEEPSPEED + "zero3_offload.json", False, "weights, gradients, optimizer"),
 ]
+
+
+def strategies_here() -> list[tuple]:
+    return STRATEGIES + STRATEGIES_ON_GPUS * (torch.cuda.device_count() > 0)
+
+
 COLUMNS = ["model", "strategy", "hours per epoch", "sequence length", "devices", "MFU", "HFU", "micro-batch"]
 COLUMNS += ["accumulation", "tokens/s", "tokens/s/device", "precision", "sharded", "checkpointing", "offload"]
 COLUMNS += ["peak memory of each process, MB"]
@@ -306,25 +317,27 @@ Quoted, not measured here:
 """  # noqa: E501 - Markdown's rows cannot be broken
 
 
-def measured_flops(threads: int) -> float:
-    """FLOPs a second of a device: products of 1024 x 1024 in float32 on CPU cores, 8192 x 8192 in bf16 on a GPU."""
+def measured_flops(threads: int, bf16: bool) -> float:
+    """FLOPs a second of one device: products of 1024 x 1024 on CPU cores, 8192 x 8192 on a GPU."""
     on_gpu = torch.cuda.is_available()
     torch.set_num_threads(threads)
-    size, repeats = (8192, 20) if on_gpu else (1024, 20)
-    a = torch.rand(size, size, device="cuda", dtype=torch.bfloat16) if on_gpu else torch.rand(size, size)
+    size, repeats = 8192 if on_gpu else 1024, 20
+    a = torch.rand(size, size, device="cuda" if on_gpu else "cpu", dtype=torch.bfloat16 if bf16 else torch.float32)
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     a @ a
-    if on_gpu:
-        torch.cuda.synchronize()
+    wait()
     started = time.perf_counter()
     for _ in range(repeats):
         a @ a
-    if on_gpu:
-        torch.cuda.synchronize()
-    return repeats * 2 * size**3 / (time.perf_counter() - started)
+    wait()
+    seconds = time.perf_counter() - started
+    del a
+    torch.cuda.empty_cache()  # the strategies need the memory
+    return repeats * 2 * size**3 / seconds
 
 
-def run_strategy(args: Arguments, script: str, processes: int, threads: int, data: Path, output: Path) -> dict:
-    """Trains --steps steps and returns speed, memory and the receipt.
+def run_strategy(args: Arguments, script: str, processes: int, threads: int, bf16: bool, folder: Path) -> dict:
+    """Trains --steps steps on folder/set; returns tokens/s, micro-batch, accumulation and each process's memory.
 
     Raises:
         ValueError: the script failed.
@@ -337,10 +350,12 @@ def run_strategy(args: Arguments, script: str, processes: int, threads: int, dat
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [*script.split(), "--model_path", args.model_path, "--dataset_path", str(data), "--output_dir"]
+    command += [*script.split(), "--model_path", args.model_path, "--dataset_path", str(folder / "set"), "--output_dir"]
+    output = folder / "run"
     command += [str(output), "--max_steps", str(args.steps), "--per_device_train_batch_size", str(micro_batch)]
     command += ["--gradient_accumulation_steps", str(accumulation), "--num_train_epochs", "1"]
-    bf16 = use_bf16("auto", not torch.cuda.is_available())
+    if not script.startswith("finetune_pp.py") and not script.startswith("finetune_pp_peft_trainer.py"):
+        command += ["--lora_dropout", str(args.lora_dropout)]
     command += ["--bf16", str(bf16), "--use_cpu", str(not torch.cuda.is_available())]
     finished = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True
@@ -352,32 +367,38 @@ def run_strategy(args: Arguments, script: str, processes: int, threads: int, dat
     shutil.rmtree(output)
     seconds = events[-1].wall_time - events[0].wall_time
     return {"tokens_per_second": (events[-1].value - events[0].value) / seconds, "micro_batch": micro_batch,
-            "accumulation": accumulation, "memory": receipt["peak_memory_bytes"], "bf16": bf16}  # fmt: skip
+            "accumulation": accumulation, "memory": receipt["peak_memory_bytes"]}  # fmt: skip
 
 
-def count_weights(args: Arguments) -> tuple[int, int]:
-    """Weights that a token is multiplied with, and those of the adapter. An embedding is looked up, not multiplied."""
+def count_weights(args: Arguments) -> tuple[int, int, int]:
+    """Weights that a token is multiplied with, those of the output layer among them, and those of the adapter."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model_path))
         num_weights = sum(p.numel() for p in model.parameters())
+        num_head = model.get_output_embeddings().weight.numel()
         if not model.config.tie_word_embeddings:
-            num_weights -= model.get_input_embeddings().weight.numel()
+            num_weights -= model.get_input_embeddings().weight.numel()  # looked up, not multiplied
         lora = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    return num_weights, sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    return num_weights, num_head, sum(p.numel() for p in lora.parameters() if p.requires_grad)
 
 
-def make_row(args: Arguments, strategy: tuple, data: Path, folder: Path, weights: tuple[int, int]) -> list[str]:
-    """Measures one strategy; the cells of its row, in the order of COLUMNS."""
+def make_row(args: Arguments, strategy: tuple, folder: Path, weights: tuple[int, int, int]) -> list[str]:
+    """Measures one strategy; the cells of its row, in the order of COLUMNS.
+
+    Raises:
+        ValueError: the script failed.
+    """
     name, script, is_one_process, sharded = strategy
     num_gpus, is_lora, is_checkpointed = torch.cuda.device_count(), "LoRA" in name, "checkpointing" in name
     processes = 1 if is_one_process else num_gpus or 2
     threads = max(1, args.threads // processes)
-    peak = args.peak_flops or measured_flops(threads)
-    measured = run_strategy(args, script, processes, threads, data, folder / "run")
+    bf16 = use_bf16("auto", num_gpus == 0)
+    peak = args.peak_flops or measured_flops(threads, bf16)
+    measured = run_strategy(args, script, processes, threads, bf16, folder)
     devices = (num_gpus or 1) if is_one_process else processes
-    num_weights, num_adapter = weights
+    num_weights, num_head, num_adapter = weights
     per_token = 4 * num_weights + 6 * num_adapter if is_lora else 6 * num_weights
-    recomputed = 2 * num_weights if is_checkpointed else 0
+    recomputed = 2 * (num_weights - num_head) if is_checkpointed else 0
     speed = measured["tokens_per_second"]
     return [
         Path(args.model_path).name,
@@ -391,7 +412,7 @@ def make_row(args: Arguments, strategy: tuple, data: Path, folder: Path, weights
         str(measured["accumulation"]),
         f"{speed:,.0f}",
         f"{speed / devices:,.0f}",
-        "bf16" if measured["bf16"] else "float32",
+        "bf16" if bf16 else "float32",
         sharded,
         "yes" if is_checkpointed else "no",
         "yes" if "offload" in name else "no",
@@ -404,27 +425,39 @@ def make_table(args: Arguments, folder: Path) -> None:
     tokenize(args, Path(args.model_path), folder / "set", packing=False)
     weights, num_gpus = count_weights(args), torch.cuda.device_count()
     machine = f"{num_gpus} x {torch.cuda.get_device_name()}" if num_gpus else f"{args.threads} CPU cores"
+    peak = f"{args.peak_flops:g} FLOPs a second of a device" if args.peak_flops else "measured before each run"
     head = (
-        f"# What each strategy costs\n\n`python tools/benchmark.py --data {Path(args.data).name} --table {args.table}` "
-        f"wrote this.\nMachine: {machine}, of which each process has its share; torch {torch.__version__}. Each "
-        f"strategy was run once, {args.steps} steps of\n{(num_gpus or 2) * args.batch_size} rows, the first left out; "
-        f"padding-free, so all tokens are real ones. An epoch has {args.tokens:g} tokens.\n\n"
+        f"# What each strategy costs\n\n`python {shlex.join(sys.argv)}` wrote this.\nMachine: {machine}, the peak "
+        f"{peak}; torch {torch.__version__}. Each strategy was run once, {args.steps} steps of\n"
+        f"{(num_gpus or 2) * args.batch_size} rows, the first left out; padding-free, so all tokens are real ones. An "
+        f"epoch has {args.tokens:g} tokens.\n\n"
         f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
     )
-    rows = []
-    for strategy in STRATEGIES + STRATEGIES_ON_GPUS * (num_gpus > 0):
+    rows, failed = [], []
+    for strategy in strategies_here():
         print(strategy[0], file=sys.stderr, flush=True)
-        rows.append(f"| {' | '.join(make_row(args, strategy, folder / 'set', folder, weights))} |\n")
+        try:
+            cells = make_row(args, strategy, folder, weights)
+        except ValueError as problem:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+            failed.append(strategy[0])
+            cells = [Path(args.model_path).name, strategy[0], "failed", *[""] * (len(COLUMNS) - 3)]
+        rows.append(f"| {' | '.join(cells)} |\n")
         Path(args.table).write_text(head + "".join(rows) + QUOTED, encoding="utf-8")
     print(Path(args.table).read_text(encoding="utf-8"))
+    if failed:
+        raise ValueError(f"failed: {', '.join(failed)}")
 
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments, allow_abbrev=False).parse_args_into_dataclasses()
     try:
         systems = check_arguments(args)
-        print(f"{args.rounds} rounds of {', '.join(systems)}: {args.mode}, {args.steps} steps of {args.batch_size} "
-              f"rows of at most {args.max_length} tokens, {args.threads} threads, {platform.machine()}")  # fmt: skip
+        task = f"{args.mode}, {args.rounds} rounds of {', '.join(systems)}"
+        if args.table:
+            task = f"once each: {'; '.join(name for name, *_ in strategies_here())}"
+        size = f"{args.steps} steps of {args.batch_size} rows of at most {args.max_length} tokens"
+        print(f"{size}, {args.threads} threads, {platform.machine()}; {task}")
         if args.dry_run:
             return
         with tempfile.TemporaryDirectory() as folder:

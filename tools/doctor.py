@@ -185,7 +185,6 @@ def watch(output: str, script: str, flags: list[str]) -> None:
 
     def first_backward(*args, **kwargs):
         torch.Tensor.backward = backward
-        found["before"] = checksums()
         found["gradients"] = [{}]
         for name, parameter in models[-1].named_parameters():
             if not parameter.requires_grad:
@@ -195,6 +194,10 @@ def watch(output: str, script: str, flags: list[str]) -> None:
         return backward(*args, **kwargs)
 
     def before_update(*_) -> None:
+        if not found[
+            "before"
+        ]:  # not earlier: from the forward on FSDP2 holds some parameters whole, and now shards again
+            found["before"] = checksums()
         for name, parameter in models[-1].named_parameters():
             if hasattr(parameter, "_local_tensor") and parameter.grad is not None:
                 note(name, parameter.grad)

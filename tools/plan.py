@@ -213,28 +213,31 @@ def layer_activations(model: Model, strategy: Strategy, setup: Setup) -> float:
     """
     h, a, f, e = model.hidden, model.attention_width, model.intermediate, setup.compute_bytes
     autocast = strategy.kind == "pp" and e == 2 and not strategy.adapter  # float32 weights and residual stream
-    joined = setup.padding_free and setup.rows > 1
-    # A mask is needed for joined rows, and for padded ones; it is saved in the compute precision by every layer.
-    masked = setup.rows > 1
-    span = setup.tokens if joined else setup.sequence_length
-    kv = a if masked else a * model.kv_heads / model.heads  # with a mask, keys and values are repeated for all heads
+    joined = setup.padding_free and setup.rows > 1  # attention then goes document by document, without a mask
+    masked = setup.rows > 1 and not joined  # padded rows need one; every layer saves it in the compute precision
+    # With a mask, and in joined rows on a CPU, keys and values are repeated for all heads.
+    kv = a if masked or (joined and setup.on_cpu) else a * model.kv_heads / model.heads
     per_token = e * (2 * a + 2 * kv)  # query, key, value and output of attention
     per_token += 4 * model.heads  # attention's log-sum-exp, float32
-    per_token += e * span if masked else 0
+    per_token += e * setup.sequence_length if masked else 0
     per_token += 2 * 4 * h + 2 * 4  # each of two norms: its input in float32, and the root mean square
     per_token += 3 * e * f  # gate, its activation, up
     if not strategy.adapter:
         per_token += 2 * (4 if autocast or e == 4 else e) * h  # each norm: the normalised input, for its weight
         # The inputs of query/key/value and of gate/up; under autocast each of the five casts its own copy.
         per_token += (5 if autocast else 2) * e * h
-        per_token += e * f  # the input of down; attention's output, counted above, is that of the output matrix
+        # The inputs of down and of the output matrix; the latter is attention's output itself, if rows are not joined.
+        per_token += e * f + (e * a if joined else 0)
     elif setup.lora_dropout:
         # Each of the seven adapters: its dropout's mask (a byte; in the compute precision on a CPU) and result.
         noise = e if setup.on_cpu else 1
         per_token += (noise + e) * sum(inputs for inputs, _ in model.linears)
         per_token += 7 * e * setup.lora_rank
     else:
-        per_token += 2 * e * h + e * f + 7 * e * setup.lora_rank
+        per_token += 2 * e * h + e * f + (e * a if joined else 0) + 7 * e * setup.lora_rank
+    if strategy.adapter and strategy.kind == "zero3" and setup.lora_dropout:
+        # DeepSpeed's linear layers keep their inputs although their weights are frozen.
+        per_token += e * (2 * h + a + f)
     return per_token * setup.tokens
 
 
@@ -296,9 +299,14 @@ def sharded(model: Model, strategy: Strategy, setup: Setup, trained: float, proc
         root_shard /= processes
     else:
         bucket = e * model.hidden**2  # the "auto" size of transformers' DeepSpeed integration
-        # ZeRO-3 keeps up to stage3_max_live_parameters, a billion, gathered.
-        fetched = gathered = 0 if strategy.kind == "zero2" else e * min(model.params, 1e9)
-        reduced, root_reduced, root_shard, root_gradient = 2 * bucket, 2 * bucket, 0, 0
+        # ZeRO-3 gathers a matrix before it computes and releases it behind, as the count of available weights at the
+        # backward shows; one process alone has them all, unless they lie in the host's memory.
+        is_whole = processes == 1 and (setup.on_cpu or not strategy.offload)
+        largest = max(model.vocab * model.hidden, *(inputs * outputs for inputs, outputs in model.linears))
+        fetched = gathered = 0 if strategy.kind == "zero2" or is_whole else e * largest
+        # What is reduced is joined in a flat copy, a tensor above the bucket's size by itself; gloo copies it again.
+        flat = (1 + setup.on_cpu) * e * largest_tensor(model, strategy, setup) if processes > 1 else 0
+        reduced, root_reduced, root_shard, root_gradient = 2 * bucket + flat, 2 * bucket + flat, 0, 0
         if strategy.kind == "zero2":
             layer_gradient = 0  # copied into the bucket as it comes
             # On its way to the host a gradient passes through a buffer of the largest tensor's size.
@@ -308,7 +316,8 @@ def sharded(model: Model, strategy: Strategy, setup: Setup, trained: float, proc
     kept = model.layers * (e * model.hidden * tokens if setup.checkpointing else per_layer)
     recomputed = per_layer if setup.checkpointing else 0
     last = tokens * model.hidden * (4 + 2 * e)  # the final norm: its input in float32, normalised, the head's input
-    accumulated = gradients if setup.accumulation > 1 else 0
+    # What is there from the start: ZeRO-3 has one buffer for the gradients' shards and never frees it.
+    accumulated = gradients if setup.accumulation > 1 or strategy.kind == "zero3" else 0
     states = {"weights": weights, "optimizer": optimizer}
     moments = [
         # The loss: everything is kept; log-softmax and two float32 gradients of the logits at once.
@@ -327,7 +336,7 @@ def sharded(model: Model, strategy: Strategy, setup: Setup, trained: float, proc
         so_far = max(accumulated, (gradients - root_shard) * done / model.layers)
         within = {
             "activations": left + recomputed + transient,
-            "buffers": gathered + head_gradient + reduced * (done > 0),
+            "buffers": gathered + head_gradient + reduced * (done > 0 or strategy.kind != "fsdp"),
         }
         # Its end: its own gradient is there, and still half of what was recomputed.
         left = kept * (model.layers - done - 1) / model.layers

@@ -11,7 +11,7 @@ seconds until all runs have ended.
 
 Where the curves come from: trainer_state.json holds loss, evaluation loss, gradient norm, learning rate and tokens.
 Tokens/s need the time of each step, which only runs/ has, and there alone memory is logged by step: the most that the
-first process has held so far. The peak of every process stands in run.json.
+first process has held since it was started or resumed. The peak of every process stands in run.json.
 """
 
 import html
@@ -144,10 +144,11 @@ def speed(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def memory(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and the first process's peak until then, in GiB; of a run without runs/, the last step's alone."""
+    """Steps and the first process's peak since its start, in GiB; of a run without runs/, the last step's alone."""
     steps, values = curve(run.rows, "peak_memory_bytes")
-    if len(steps) == 0 and run.rows and run.receipt:
-        steps, values = np.array([run.rows[-1]["step"]]), np.array(run.receipt["peak_memory_bytes"][:1])
+    peaks = (run.receipt or {}).get("peak_memory_bytes")
+    if len(steps) == 0 and run.rows and peaks:
+        steps, values = np.array([run.rows[-1]["step"]]), np.array(peaks[:1])
     return steps, values / 2**30
 
 
@@ -205,9 +206,10 @@ def draw(runs: list[Run]) -> plt.Figure:
             if len(values) == 0:
                 continue
             num_curves += 1
-            if name == "memory" and run.receipt:
-                highest = max(run.receipt["peak_memory_bytes"]) / 2**30
-                axis.plot(steps[[0, -1]], [highest, highest], ":", color=color(number), linewidth=1.5)
+            peaks = (run.receipt or {}).get("peak_memory_bytes", []) if name == "memory" else []
+            if peaks:
+                ends, marker = steps[[0, -1]], "_" if len(steps) == 1 else None
+                axis.plot(ends, [max(peaks) / 2**30] * 2, ":", color=color(number), linewidth=1.5, marker=marker)
             # A curve of a few points is shown by its points: a line through one of them would be invisible.
             style = {"color": color(number), "marker": "o" if len(values) <= 50 else None, "markersize": 4}
             smoothed = name in ("loss", "grad_norm", "speed") and len(values) > 50

@@ -385,11 +385,14 @@ def pipeline_device(model: Model, strategy: Strategy, setup: Setup, trained: flo
     accumulated = gradients if setup.accumulation > 1 else 0
     states = {"weights": weights, "optimizer": optimizer}
     copies_at_loss = is_last * e * head * (e == 2) if setup.checkpointing else copies
+    # In the backward of the last layer: the gradients within its MLP and, if it is recomputed, autocast's copies again.
+    transient = 3 * e * model.intermediate * tokens
+    copies_in_layer = e * model.layer_params * (e == 2 and setup.checkpointing and not strategy.adapter)
     moments = [
         states | {"gradients": accumulated, "activations": kept + last, "logits": is_last * logits_bytes(model, setup),
                   "buffers": copies_at_loss},
         states | {"gradients": max(accumulated, is_last * 4 * head * (not strategy.adapter)), "logits": 0,
-                  "activations": kept + recomputed, "buffers": copies_at_loss},
+                  "activations": kept + recomputed + transient, "buffers": copies_at_loss + copies_in_layer},
         states | {"gradients": gradients, "activations": 0, "logits": 0, "buffers": 0},
     ]  # fmt: skip
     parts = max(moments, key=lambda moment: sum(moment.values()))

@@ -438,9 +438,8 @@ class RowTrainer:
         if not math.isfinite(logs["loss"] + logs["grad_norm"]):
             self.stop(f"error: step {self.last_step} has loss {logs['loss']} and gradient norm {logs['grad_norm']}; "
                       "checkpoints saved before are good; lower --learning_rate")  # fmt: skip
-        logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
-        logs |= {"eval_loss": self.evaluate()} if self.is_evaluated else {}
-        super().log(logs | {"peak_memory_bytes": peak_memory()}, *args, **kwargs)
+        logs |= {"num_input_tokens_seen": self.state.num_input_tokens_seen, "peak_memory_bytes": peak_memory()}
+        super().log(logs | ({"eval_loss": self.evaluate()} if self.is_evaluated else {}), *args, **kwargs)
         del self.state.log_history[-1]["peak_memory_bytes"]  # for TensorBoard: a resumed run's history stays the same
 
     @torch.no_grad()
@@ -586,8 +585,7 @@ def complete_checkpoint(folder: Path, sampler: RowSampler) -> None:
     paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()}
     os.sync()  # a power cut must not leave complete.json beside files that never reached the disk
-    complete = {"identity": sampler.identity, "files": files}
-    (folder / "complete.tmp").write_text(json.dumps(complete, indent=2))
+    (folder / "complete.tmp").write_text(json.dumps({"identity": sampler.identity, "files": files}, indent=2))
     os.replace(folder / "complete.tmp", folder / "complete.json")
     checkpoints = list_checkpoints(folder.parent)
     kept = [path for path in checkpoints if (path / "complete.json").is_file()][: sampler.settings["save_total_limit"]]

@@ -385,9 +385,9 @@ def train(args: Arguments, stage: Stage, sampler, eval_dataset, checkpoint) -> t
             log["eval_loss"] = evaluate(args, stage, eval_dataset)
         if step % args.logging_steps == 0 or step == num_steps or "eval_loss" in log or message:
             state["log_history"].append(log)
-            shown = log | {"peak_memory_bytes": data_collator.peak_memory()}  # not the same in a resumed run
-            for name in shown if writer else ():
-                writer.add_scalar(f"train/{name}", shown[name], step)
+            # Memory is for TensorBoard alone: a resumed run's history stays that of an uninterrupted one.
+            for name, value in (log | {"peak_memory_bytes": data_collator.peak_memory()}).items() if writer else ():
+                writer.add_scalar(f"train/{name}", value, step)
         if step % args.save_steps == 0 or step == num_steps or message:
             checkpoint = save_checkpoint(args, stage, optimizer, sampler, state)
     if writer:

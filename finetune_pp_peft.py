@@ -313,9 +313,9 @@ def train(args: Arguments, model, tokenizer, sampler, eval_dataset, checkpoint, 
             log["eval_loss"] = evaluate(args, model, eval_dataset, device, bf16)
         if step % args.logging_steps == 0 or step == num_steps or "eval_loss" in log:
             state["log_history"].append(log)
-            shown = log | {"peak_memory_bytes": data_collator.peak_memory()}  # not the same in a resumed run
-            for name in shown if writer else ():
-                writer.add_scalar(f"train/{name}", shown[name], step)
+            # Memory is for TensorBoard alone: a resumed run's history stays that of an uninterrupted one.
+            for name, value in (log | {"peak_memory_bytes": data_collator.peak_memory()}).items() if writer else ():
+                writer.add_scalar(f"train/{name}", value, step)
         if step % args.save_steps == 0 or step == num_steps:
             save_checkpoint(args, model, tokenizer, optimizer, lr_scheduler, sampler, state)
     (Path(args.output_dir) / "trainer_state.json").write_text(json.dumps(state, indent=2))

@@ -342,6 +342,7 @@ def test_the_deepspeed_launcher_trains_all_weights_when_asked(places):
     assert (places["OUTPUT_DIR"] / "model.safetensors").is_file()
 
 
+@pytest.mark.slow  # tests/test_equivalence.py has checkpointing in its default cells
 def test_full_training_with_and_without_checkpointing_is_the_same_run(places, tmp_path):
     """Both launchers as they are, two processes, three epochs; the usual port is taken: one node needs none."""
     flags = [*FAST, "--num_train_epochs", 3, "--learning_rate", 1e-2]

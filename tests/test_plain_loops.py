@@ -78,7 +78,7 @@ def assert_same_run(folder, reference, start):
         assert (tensor - weights[name]).norm() <= 1e-2 * travelled, name
 
 
-@pytest.mark.parametrize("strategy", ["full", "lora", "prompt"])
+@pytest.mark.parametrize("strategy", ["full", "lora", pytest.param("prompt", marks=pytest.mark.slow)])
 def test_a_step_gives_the_same_numbers_however_it_is_cut(strategy, tiny_model, tiny_set, tmp_path):
     """8x1 = 1x8 = 2x4 and padded = padding-free, over an epoch end whose last window has 6 rows instead of 8."""
     name, mode_flags = STRATEGIES[strategy]

@@ -297,12 +297,6 @@ STRATEGIES_ON_GPUS = [
     ("ZeRO-2, offload", DEEPSPEED + "zero2_offload.json", False, "gradients, optimizer"),
     ("ZeRO-3, offload", DEEPSPEED + "zero3_offload.json", False, "weights, gradients, optimizer"),
 ]
-
-
-def strategies_here() -> list[tuple]:
-    return STRATEGIES + STRATEGIES_ON_GPUS * (torch.cuda.device_count() > 0)
-
-
 COLUMNS = ["model", "strategy", "hours per epoch", "sequence length", "devices", "MFU", "HFU", "micro-batch"]
 COLUMNS += ["accumulation", "tokens/s", "tokens/s/device", "precision", "sharded", "checkpointing", "offload"]
 COLUMNS += ["peak memory of each process, MB"]
@@ -315,6 +309,10 @@ Quoted, not measured here:
 | MPT 7B | FSDP, 512 tokens | A100-80G | 4,099 | 53.5 % | | MosaicML, llm-foundry, scripts/train/benchmarking |
 | LLaMA 2 7B | FSDP, 4,096 tokens | 128 A100-80G | 3,700 | 57 % | | IBM and Meta, "Maximizing training throughput using PyTorch FSDP" |
 """  # noqa: E501 - Markdown's rows cannot be broken
+
+
+def strategies_here() -> list[tuple]:
+    return STRATEGIES + STRATEGIES_ON_GPUS * (torch.cuda.device_count() > 0)
 
 
 def measured_flops(threads: int, bf16: bool) -> float:

@@ -22,27 +22,18 @@ from pathlib import Path
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_OPERATORS = 10
 
 
-def attention_flops(query_shape, key_shape, value_shape, *args, **kwargs) -> int:
-    """The two products of a fused attention kernel, counted full; shapes are [rows, heads, T, size]."""
-    rows, heads, q_length, size = query_shape
-    return 2 * rows * heads * q_length * key_shape[2] * (size + value_shape[3])
-
-
-def attention_backward_flops(grad_shape, query_shape, key_shape, value_shape, *args, **kwargs) -> int:
-    """Five products for the forward's two, since the kernel computes the scores again."""
-    return attention_flops(query_shape, key_shape, value_shape) * 5 // 2
-
-
-# torch's counter has no formula for the CPU's kernel.
+# torch's counter has formulas for attention, but does not apply them to the CPU's kernel.
 ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **others: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **others: (
+        sdpa_backward_flop_count(gradient, q, k, v)
+    ),
 }
 
 

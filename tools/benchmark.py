@@ -23,12 +23,16 @@ the embedding counts the real tokens, all that are not the pad token. A copy of 
 holds. Speed: real tokens of all steps but the first, by their time. Start: from the process's start to the end of the
 first step. Ratios are ours / the peer's within one round, and the median over rounds is shown: above 1 we are faster,
 for memory and start below 1 is better. A packed step is longer than one of the same number of rows, and its start, too.
+The peak is the process's resident memory. It includes freed memory that C's allocator keeps, up to half as much again,
+which depends on the order of sizes; with --return_memory True it keeps nothing, so the peak is what a system holds.
+That makes every system slower: measure speed without it.
 
 --table measures every strategy of this toolkit instead, on this machine: as one process or as one for each GPU (without
 a GPU: as two), each with --batch_size rows for each of them a step, --steps steps, the first of them left out. MFU is
 the share of the machine's matrix-product rate (--peak_flops, or measured in the same run) that the model's own work
 makes up: 6 FLOPs for each trained weight and token, 4 for each frozen one, the output layer counted for every token and
-attention left out, as is usual. HFU also counts the layers that gradient checkpointing computes again.
+attention left out, as is usual. HFU is what is executed: the output layer for target tokens only, which makes it less,
+and the layers that gradient checkpointing computes again, which makes it more.
 """
 
 import json
@@ -76,6 +80,9 @@ class Arguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "of all systems; our scripts have 0.05 by default"})
     checkpointing: str = field(
         default="off", metadata={"help": "gradient checkpointing: off, for all | own, as it comes"}
+    )
+    return_memory: bool = field(
+        default=False, metadata={"help": "the allocator gives freed memory back at once: peaks are what is held"}
     )
     threads: int = field(default=os.cpu_count(), metadata={"help": "of each system"})
     model_path: str = field(default="models/SmolLM2-135M-Instruct", metadata={"help": "folder of a LLaMA"})
@@ -228,6 +235,8 @@ def run_system(args: Arguments, name: str, model: Path, sets: dict, folder: Path
     # A cache of its own: each start tokenizes anew, as the first one of a user does.
     settings = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     settings |= {"CUDA_VISIBLE_DEVICES": ""}
+    if args.return_memory:
+        settings |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [str(python_of(name)), str(ROOT / "tools" / "benchmark_peers.py"), str(folder / "run.json")]
     started = time.time()
     finished = subprocess.run(command, cwd=folder, env=os.environ | settings, capture_output=True, text=True)
@@ -316,22 +325,22 @@ def strategies_here() -> list[tuple]:
 
 
 def measured_flops(threads: int, bf16: bool) -> float:
-    """FLOPs a second of one device: products of 1024 x 1024 on CPU cores, 8192 x 8192 on a GPU."""
+    """FLOPs a second of one device at its best: products of 1024 x 1024 on CPU cores, 8192 x 8192 on a GPU."""
     on_gpu = torch.cuda.is_available()
     torch.set_num_threads(threads)
     size, repeats = 8192 if on_gpu else 1024, 20
     a = torch.rand(size, size, device="cuda" if on_gpu else "cpu", dtype=torch.bfloat16 if bf16 else torch.float32)
     wait = torch.cuda.synchronize if on_gpu else lambda: None
-    a @ a
-    wait()
-    started = time.perf_counter()
-    for _ in range(repeats):
-        a @ a
-    wait()
-    seconds = time.perf_counter() - started
+    seconds = []
+    for _ in range(10):  # the clock and what else the machine does vary; the first one also warms up
+        started = time.perf_counter()
+        for _ in range(repeats):
+            a @ a
+        wait()
+        seconds.append(time.perf_counter() - started)
     del a
     torch.cuda.empty_cache()  # the strategies need the memory
-    return repeats * 2 * size**3 / seconds
+    return repeats * 2 * size**3 / min(seconds)
 
 
 def run_strategy(args: Arguments, script: str, processes: int, threads: int, bf16: bool, folder: Path) -> dict:
@@ -395,8 +404,11 @@ def make_row(args: Arguments, strategy: tuple, folder: Path, weights: tuple[int,
     measured = run_strategy(args, script, processes, threads, bf16, folder)
     devices = (num_gpus or 1) if is_one_process else processes
     num_weights, num_head, num_adapter = weights
-    per_token = 4 * num_weights + 6 * num_adapter if is_lora else 6 * num_weights
-    recomputed = 2 * (num_weights - num_head) if is_checkpointed else 0
+    each = 4 if is_lora else 6
+    per_token = each * num_weights + 6 * num_adapter * is_lora
+    ledger = json.loads((folder / "set" / "ledger.json").read_text(encoding="utf-8"))
+    executed = per_token - each * num_head * (1 - ledger["targets"] / ledger["tokens"]["kept"])
+    executed += 2 * (num_weights - num_head) * is_checkpointed
     speed = measured["tokens_per_second"]
     return [
         Path(args.model_path).name,
@@ -405,7 +417,7 @@ def make_row(args: Arguments, strategy: tuple, folder: Path, weights: tuple[int,
         f"up to {args.max_length}",
         str(devices),
         f"{speed * per_token / devices / peak:.0%}",
-        f"{speed * (per_token + recomputed) / devices / peak:.0%}",
+        f"{speed * executed / devices / peak:.0%}",
         str(measured["micro_batch"]),
         str(measured["accumulation"]),
         f"{speed:,.0f}",

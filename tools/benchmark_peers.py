@@ -86,6 +86,8 @@ def read_rows(run: dict) -> list[dict]:
 
 def start_ours(run: dict) -> None:
     """Unchanged, on the set that tokenize_dataset.py wrote, with --packing True for ours-packing."""
+    # Only our tests install it; a user's environment lacks it, as the peers' do, and PEFT would import it at the start.
+    sys.modules["bitsandbytes"] = None
     flags = ["--model_path", run["model"], "--dataset_path", run["tokenized"], "--output_dir", run["output"]]
     flags += ["--per_device_train_batch_size", run["batch_size"], "--max_steps", run["steps"], "--use_cpu", "True"]
     flags += ["--bf16", "False"]

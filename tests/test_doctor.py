@@ -97,7 +97,9 @@ def test_mistakes_end_with_one_message():
     [
         ("finetune_pp.py", []),
         ("finetune_pp_peft.py", []),
-        ("finetune_pp_peft.py", ["--peft_mode", "ptuning"]),
+        ("finetune_pp_peft.py", ["--peft_mode=ptuning"]),
+        ("finetune_pp_1f1b.py", ["--num_processes", 2]),
+        ("finetune_pp_1f1b.py", ["--lora_used", True]),
         ("finetune_pp_peft_trainer.py", ["--num_processes", 2]),
         ("finetune_pp_peft_trainer_lora.py", ["--num_processes", 2]),
         ("finetune_pp_peft_trainer_deepspeed.py", ["--lora_used", True]),

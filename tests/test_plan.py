@@ -123,6 +123,15 @@ def test_the_largest_forward_is_the_largest():
     assert most > 1 and fits == [True, False]
 
 
+def test_disk_and_traffic_of_full_fine_tuning_under_fsdp():
+    """A checkpoint: weights and two moments in float32. A step: weights gathered twice, gradients reduced once."""
+    model, strategy, setup = plan.MODELS["llama-7b"], plan.STRATEGIES["FSDP"], plan.Setup(gpus=8)
+    assert plan.memory(model, strategy, setup)["disk"] == 12 * model.params
+    times = plan.times(model, strategy, setup, A100)
+    assert times["network_bytes"] == 0 and times["offload_bytes"] == 0
+    assert times["link_bytes"] == pytest.approx((2 + 2 + 4) * model.params * 7 / 8, rel=0.01)
+
+
 def test_sharding_over_a_whole_cluster_stops_scaling_and_hybrid_sharding_goes_on():
     args = plan.Arguments(nodes=1024, batch=16384)
     table = plan.scaling(args, plan.MODELS["llama-7b"], A100)
@@ -133,9 +142,9 @@ def test_sharding_over_a_whole_cluster_stops_scaling_and_hybrid_sharding_goes_on
 
 
 def test_every_command_names_a_launcher_and_flags_that_exist():
-    args = plan.Arguments(model="llama-7b")
-    for name in plan.STRATEGIES:
-        row = plan.plan_row(args, plan.MODELS["llama-7b"], A100, name, True)
+    args = plan.Arguments(model="llama-7b", lora_rank=64)
+    for strategy in plan.STRATEGIES:
+        row = plan.plan_row(args, plan.MODELS["llama-7b"], A100, strategy, True)
         words = row["command"].split()
         launcher = next(word for word in words if word.startswith("scripts/"))
         script = (ROOT / launcher).read_text()
@@ -143,6 +152,7 @@ def test_every_command_names_a_launcher_and_flags_that_exist():
         flags = [word.removeprefix("--") for word in words if word.startswith("--")]
         known = importlib.import_module(name.removesuffix(".py")).Arguments.__dataclass_fields__
         assert set(flags) <= set(known), name
+        assert "DATASET=$DATASET" in words and ("--lora_rank 64" in row["command"]) == plan.STRATEGIES[strategy].adapter
         assert row["rows_of_forward"] * row["accumulation"] * (1 if "_pp.sh" in launcher or
                 "pp_peft.sh" in launcher else 8) == 384  # fmt: skip
         for word in words:

@@ -125,6 +125,25 @@ def test_both_readmes_have_the_same_commands_flags_and_files():
     assert english.count("\n## ") == chinese.count("\n## ")
 
 
+def test_the_readmes_show_the_strategies_as_they_were_measured():
+    """docs/strategies.md is what tools/benchmark.py wrote; its figures stand in both READMEs, strategy by strategy."""
+    tables = [
+        [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text if line.startswith("|")]
+        for text in (
+            (ROOT / name).open(encoding="utf-8") for name in ("docs/strategies.md", "README.md", "README_zh.md")
+        )
+    ]
+    head = tables[0][0]
+    columns = [head.index(name) for name in ("devices", "tokens/s", "MFU", "peak memory of each process, MB")]
+    measured = [
+        [row[column] for column in columns] for row in tables[0] if len(row) == len(head) and row[4].isdecimal()
+    ]
+    assert len(measured) >= 11
+    for table in tables[1:]:
+        first = next(i for i, row in enumerate(table) if row[1:] == measured[0])
+        assert [row[1:] for row in table[first : first + len(measured)]] == measured
+
+
 def test_the_file_tree_of_the_readme_names_every_file():
     tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode != 0:

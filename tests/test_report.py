@@ -55,6 +55,7 @@ def test_a_run_that_goes_on_is_read_from_tensorboard_and_its_newest_complete_che
     exact = [{"step": step, "loss": 9.0 + step / 3} for step in (1, 2, 3)]
     (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": exact}))
     (tmp_path / "checkpoint-6").mkdir()  # was being written: no complete.json
+    shutil.copytree(checkpoint, tmp_path / "checkpoint-best")  # a user's copy
 
     run = report.read_run(tmp_path)
     assert run.receipt is None and run.facts == {"arguments.seed": 42, "arguments.learning_rate": 0.1}
@@ -101,6 +102,8 @@ def test_picture_and_page_are_whole_and_need_no_network(num_steps, tmp_path):
     assert page.count("<svg") == 1 and page.rstrip().endswith("</html>") and "http-equiv" not in page
     outside = re.findall(r"""(?:src|href)=["']?(?!#)([^"' >]+)|url\((?!#)([^)]+)\)|@import|<script""", page)
     assert outside == []
+    assert page.count("not logged") == (2 if num_steps == 1 else 1)
+    assert "arguments.seed" in page.split("The same in all")[0]
     assert html.escape(runs[0].name) in page and runs[0].name not in page  # a folder's name is no markup
     assert not (tmp_path / "report.tmp").exists()
 

@@ -22,7 +22,10 @@ The measuring is the same for all: a hook after each optimizer step writes the t
 the embedding counts the real tokens, all that are not the pad token. A copy of the model has a pad token that no row
 holds. Speed: real tokens of all steps but the first, by their time. Start: from the process's start to the end of the
 first step. Ratios are ours / the peer's within one round, and the median over rounds is shown: above 1 we are faster,
-for memory and start below 1 is better. A packed step is longer than one of the same number of rows, and its start, too.
+for memory and start below 1 is better. A packed step has more tokens than one of as many rows that are not packed, so
+memory and start of those with packing are compared with ours-packing, the speed with ours. The peers' start includes
+tokenizing, of the whole set where they pack.
+
 The peak is the process's resident memory. It includes freed memory that C's allocator keeps, up to half as much again,
 which depends on the order of sizes; with --return_memory True it keeps nothing, so the peak is what a system holds.
 That makes every system slower: measure speed without it.
@@ -101,10 +104,14 @@ def check_arguments(args: Arguments) -> list[str]:
     """
     mistakes = []
     peers = [name.strip() for name in args.peers.split(",") if name.strip() not in ("", "none", "ours")]
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        mistakes.append(f"--json {args.json}: no such folder; name a file in one that is there")
     if args.table:
         peers = []
         if not Path(args.table).absolute().parent.is_dir():
             mistakes.append(f"--table {args.table}: no such folder; name a file in one that is there")
+    if any(name.endswith("packing") for name in peers) and "ours-packing" not in peers:
+        peers.insert(0, "ours-packing")  # memory and start are compared at the same rows a step
     for name in peers:
         if name not in SYSTEMS:
             mistakes.append(f"--peers {name}: choose from {', '.join(SYSTEMS[1:])}, or none")
@@ -191,8 +198,8 @@ def make_rows(args: Arguments, model: Path, folder: Path, packing: bool) -> tupl
         parts = ids[:num_prompt], ids[num_prompt:]
         prompt, completion = (tokenizer.decode(part, skip_special_tokens=False) for part in parts)
         again = tuple(tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, completion))
-        if PAD_ID in ids or again != parts:
-            continue  # a text that a peer would tokenize to other ids
+        if PAD_ID in ids or again != parts or IGNORE_INDEX in row["labels"][num_prompt:]:
+            continue  # a peer would tokenize the text to other ids, or learn other positions
         output = tokenizer.decode(ids[num_prompt:-1], skip_special_tokens=False)  # without EOS, for those who add it
         rows.append(json.dumps({"prompt": prompt, "completion": completion, "output": output}))
         kept.append(index)
@@ -260,13 +267,18 @@ def run_system(args: Arguments, name: str, model: Path, sets: dict, folder: Path
 
 
 def summarize(results: dict[str, list[dict]]) -> dict[str, dict]:
-    """For each system the medians over its rounds, and of the ratios to ours in the same round."""
+    """For each system the medians over its rounds, and of the ratios to ours in the same round.
+
+    Memory and start of a system that packs are compared with those of ours-packing, whose step is as large.
+    """
     summary = {}
     for name, rounds in results.items():
         summary[name] = {key: statistics.median(r[key] for r in rounds)
                          for key in ("tokens_per_second", "filled", "memory_mb", "start_seconds")}  # fmt: skip
         for key in ("tokens_per_second", "memory_mb", "start_seconds"):
-            ratios = [ours[key] / peer[key] for ours, peer in zip(results["ours"], rounds, strict=True)]
+            packs = name.endswith("packing") and key != "tokens_per_second"
+            base = results.get("ours-packing" if packs else "ours", results["ours"])
+            ratios = [ours[key] / peer[key] for ours, peer in zip(base, rounds, strict=True)]
             summary[name] |= {f"{key}_ratios": ratios, f"{key}_ratio": statistics.median(ratios)}
     return summary
 
@@ -279,6 +291,15 @@ def print_table(summary: dict[str, dict]) -> None:
         print(f"| {name} | {row['filled']:.0%} | {row['tokens_per_second']:.0f} | {ratios} "
               f"| {row['tokens_per_second_ratio']:.2f} | {row['memory_mb']:.0f} | {row['memory_mb_ratio']:.2f} "
               f"| {row['start_seconds']:.1f} | {row['start_seconds_ratio']:.2f} |")  # fmt: skip
+
+
+def print_differences(results: dict[str, list[dict]]) -> None:
+    """Says which systems without packing did not train on just the tokens that ours did."""
+    ours = sum(results["ours"][-1]["real_tokens"])
+    for name, rounds in results.items():
+        tokens = sum(rounds[-1]["real_tokens"])
+        if not name.endswith("packing") and tokens != ours:
+            print(f"{name} trained on {tokens} real tokens, ours on {ours}: it reads the rows in another way")
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -460,8 +481,8 @@ def make_table(args: Arguments, folder: Path) -> None:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments, allow_abbrev=False).parse_args_into_dataclasses()
     try:
+        (args,) = HfArgumentParser(Arguments, allow_abbrev=False).parse_args_into_dataclasses()
         systems = check_arguments(args)
         task = f"{args.mode}, {args.rounds} rounds of {', '.join(systems)}"
         if args.table:
@@ -475,7 +496,8 @@ def main() -> None:
             disable_progress_bar()
             if args.table:
                 return make_table(args, folder)
-            model = copy_model(Path(args.model_path), folder / "model")
+            # LitGPT decides by the folder's name whether a text begins with BOS.
+            model = copy_model(Path(args.model_path), folder / Path(args.model_path).resolve().name)
             sets, seconds = make_rows(args, model, folder, any("packing" in name for name in systems))
             print(f"ours was tokenized before, in {seconds:.1f} s; the peers do it within their start")
             if "litgpt" in systems:
@@ -493,6 +515,7 @@ def main() -> None:
                         failed.append(name)  # the hours that the others took are not lost
                         del results[name]
                 print_table(summarize(results))  # after each round: an interrupted benchmark has told something
+                print_differences(results)
                 if args.json:
                     report = {"arguments": asdict(args), "tokenize_seconds": seconds, "rounds": results}
                     Path(args.json).write_text(json.dumps(report | {"summary": summarize(results)}, indent=2))

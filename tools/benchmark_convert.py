@@ -146,7 +146,10 @@ def measure(folder: Path, args: Arguments) -> bool:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    try:
+        (args,) = HfArgumentParser(Arguments, allow_abbrev=False).parse_args_into_dataclasses()
+    except ValueError as mistake:
+        sys.exit(f"error: {mistake}")
     if args.num_shards not in (1, 2, 4, 8) or args.gigabytes <= 0 or args.repeats < 1:
         sys.exit("error: --num_shards must be 1, 2, 4 or 8, --gigabytes and --repeats positive")
     place = Path(args.folder or tempfile.gettempdir())

@@ -263,6 +263,8 @@ def start_torchtune(run: dict) -> None:
         "epochs": 1,
         "max_steps_per_epoch": run["steps"],
         "optimizer": {"_component_": "torch.optim.AdamW", "fused": True, "lr": 2e-5, "weight_decay": 0.01},
+        # Its config for full fine-tuning has bitsandbytes' 8-bit AdamW and updates within the backward, both for GPUs
+        # that are too small: less memory than here. All others keep AdamW's state in float32, too.
         "optimizer_in_bwd": False,
         "lr_scheduler": {
             "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",

@@ -82,7 +82,12 @@ def run(args: Arguments, folder: Path, name: str, schedule: str, num_micro_batch
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments, allow_abbrev=False).parse_args_into_dataclasses()
+    try:
+        (args,) = HfArgumentParser(Arguments, allow_abbrev=False).parse_args_into_dataclasses()
+    except ValueError as mistake:
+        sys.exit(f"error: {mistake}")
+    if args.num_steps < 2 or args.num_rounds < 1:
+        sys.exit("error: --num_steps must be at least 2, as the first is not measured, and --num_rounds at least 1")
     stages, micro_batches = args.num_stages, args.num_micro_batches
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

@@ -125,7 +125,10 @@ def main() -> None:
     command = args.script[args.script[:1] == ["--"] :]
     if not command or not (ROOT / command[0]).is_file() or args.steps < 1:
         sys.exit("error: --steps must be at least 1, and a script must stand behind --, as in -- finetune_pp_peft.py")
-    register_optimizer_step_post_hook(Watch(args.steps, [int(size) for size in args.shape.split(",")]))
+    shape = [int(size) for size in args.shape.split(",") if size.strip().isdecimal()]
+    if len(shape) != 3 or min(shape) < 1:
+        sys.exit(f"error: --shape {args.shape}: three numbers above 0, as in 1024,1024,1024")
+    register_optimizer_step_post_hook(Watch(args.steps, shape))
     sys.argv = command + ["--max_steps", str(3 * args.steps + 1), "--use_cpu", "True", "--bf16", "False"]
     sys.path.insert(0, str(ROOT))
     runpy.run_path(str(ROOT / command[0]), run_name="__main__")

@@ -124,14 +124,15 @@ def check_disk(output_dir: Path) -> list[Check]:
     """Space, and the speed of 128 MB that really reach the disk."""
     folder = existing_parent(output_dir)
     free = shutil.disk_usage(folder).free
-    if not os.access(folder, os.W_OK):
-        return [(FAIL, f"{folder} is not writable", "choose another --output_dir")]
     block, started = os.urandom(2**20), time.perf_counter()
-    with tempfile.TemporaryFile(dir=folder) as file:
-        for _ in range(128):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for _ in range(128):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as problem:  # no space, a quota, no permission, /proc
+        return [(FAIL, f"nothing can be written into {folder}: {problem}", "choose another --output_dir")]
     speed = 128 / (time.perf_counter() - started)
     return [
         (OK if free > 5e9 else FAIL, f"{free / 1e9:,.0f} GB free in {folder}", "delete old checkpoints"),
@@ -176,15 +177,16 @@ def watch(output: str, script: str, flags: list[str]) -> None:
         step = found["gradients"][-1]
         step[name] = max(step.get(name, 0.0), float(local(gradient).abs().max()) if gradient.numel() else 0.0)
 
-    backward, from_pretrained = torch.Tensor.backward, transformers.AutoModelForCausalLM.from_pretrained
+    # Under all ways to load and to go back: AutoModelForCausalLM and the pipeline's stages, losses and their schedule.
+    backward, from_pretrained = torch.autograd.backward, transformers.PreTrainedModel.from_pretrained.__func__
     step_scheduler = torch.optim.lr_scheduler.LRScheduler.step
 
-    def remember(*args, **kwargs):
-        models.append(from_pretrained(*args, **kwargs))
+    def remember(model_class, *args, **kwargs):
+        models.append(from_pretrained(model_class, *args, **kwargs))
         return models[-1]
 
     def first_backward(*args, **kwargs):
-        torch.Tensor.backward = backward
+        torch.autograd.backward = backward
         found["gradients"] = [{}]
         for name, parameter in models[-1].named_parameters():
             if not parameter.requires_grad:
@@ -194,9 +196,7 @@ def watch(output: str, script: str, flags: list[str]) -> None:
         return backward(*args, **kwargs)
 
     def before_update(*_) -> None:
-        if not found[
-            "before"
-        ]:  # not earlier: from the forward on FSDP2 holds some parameters whole, and now shards again
+        if not found["before"]:  # not earlier: FSDP2 held some parameters whole since the forward
             found["before"] = checksums()
         for name, parameter in models[-1].named_parameters():
             if hasattr(parameter, "_local_tensor") and parameter.grad is not None:
@@ -210,13 +210,13 @@ def watch(output: str, script: str, flags: list[str]) -> None:
             Path(f"{output}.{rank}").write_text(json.dumps(found))
         return step_scheduler(self, *args, **kwargs)
 
-    transformers.AutoModelForCausalLM.from_pretrained = remember
-    torch.Tensor.backward = first_backward
+    transformers.PreTrainedModel.from_pretrained = classmethod(remember)
+    torch.autograd.backward = first_backward
     torch.optim.lr_scheduler.LRScheduler.step = after_update
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     register_optimizer_step_pre_hook(before_update)
-    if any(flag in ("prefix", "ptuning", "prompt") for flag in flags):
+    if any(flag.removeprefix("--peft_mode=") in ("prefix", "ptuning", "prompt") for flag in flags):
         import peft
 
         get_peft_model = peft.get_peft_model
@@ -330,10 +330,11 @@ def check_weights(ranks: list[dict]) -> list[Check]:
         return [name for name in names if not any(rank["gradients"][step].get(name, 0) > 0 for rank in ranks)]
 
     def moved(name: str) -> bool:
-        return any(rank["before"][name] != rank["after"][name] for rank in ranks)
+        return any(rank["before"][name] != rank["after"][name] for rank in ranks if name in rank["before"])
 
-    frozen = ranks[0]["frozen"]
-    trained = [name for name in ranks[0]["before"] if name not in frozen]
+    # Of all ranks: in the pipeline each has other tensors.
+    frozen = list(dict.fromkeys(name for rank in ranks for name in rank["frozen"]))
+    trained = [name for name in dict.fromkeys(n for rank in ranks for n in rank["before"]) if name not in set(frozen)]
     first = [name for name in trained if "lora_A" not in name]  # zero in step 1, because lora_B begins as zero
     checks = []
     for number, names in ((1, first), (2, trained)):
@@ -362,12 +363,17 @@ def check_saved(args, output: Path) -> list[Check]:
     checkpoint = output / "checkpoint-2"
     damage = find_damage(checkpoint)
     name = "trainable.safetensors" if (output / "trainable.safetensors").is_file() else "model*.safetensors"
-    files = sorted(path.name for path in output.glob(name))
-    same = bool(files) and damage is None
-    for file in files if same else ():
-        saved, final = load_file(checkpoint / file), load_file(output / file)
-        same &= saved.keys() == final.keys() and all(torch.equal(saved[n], final[n]) for n in saved)
-        same &= all(torch.isfinite(tensor).all() for tensor in final.values())
+
+    def read(folder: Path, pattern: str) -> dict[str, torch.Tensor]:
+        return {name: tensor for path in folder.glob(pattern) for name, tensor in load_file(path).items()}
+
+    same = damage is None
+    if same:
+        final, parts = read(output, name), read(checkpoint, "stage-*.safetensors")
+        weights = {key.removeprefix("weight."): parts[key] for key in parts if key.startswith("weight.")}
+        saved = weights or read(checkpoint, name)
+        same = bool(final) and saved.keys() == final.keys() and all(torch.equal(saved[n], final[n]) for n in saved)
+        same &= all(bool(torch.isfinite(tensor).all()) for tensor in final.values())
     size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     needed, free = (args.save_total_limit + 2) * size, shutil.disk_usage(output).free
     return [
@@ -398,12 +404,13 @@ def main() -> None:
         sys.exit(f"error: {' '.join(own)}: usage: tools/doctor.py [--num_processes N] [-- SCRIPT --flag value ...]")
     if command and command[0] not in scripts:
         sys.exit(f"error: {command[0]}: behind -- stands one of {', '.join(scripts)}, and its flags")
-    if int(num_processes) > 1 and command and "trainer" not in command[0]:
+    os.chdir(ROOT)  # where the rehearsal runs: relative paths mean the same to all
+    if int(num_processes) > 1 and command and command[0] in ("finetune_pp.py", "finetune_pp_peft.py"):
         sys.exit(f"error: --num_processes {num_processes}: {command[0]} is one process; it takes all visible GPUs")
     output_dir = Path(parse(command[0], command[1:]).output_dir) if command else Path("outputs")
     machine = check_versions() + check_gpus() + check_compilers() + check_limits() + check_disk(output_dir)
     good = report("machine", machine)
-    if command:
+    if command and good:
         good &= report(f"rehearsal of {command[0]}", rehearse(command[0], command[1:], int(num_processes)))
     print("\nall is well: start" if good else "\ndo not start before FAIL is mended")
     sys.exit(0 if good else 1)

@@ -4,7 +4,7 @@
     python tools/plan.py --model llama-2-70b --gpus 8 --nodes 64 --batch 4096 --price_per_gpu_hour 2
     python tools/plan.py --model models/SmolLM2-135M-Instruct --gpus 1 --gpu rtx4090 --simulate
     python tools/plan.py --published          # the time model against measured rows that others published
-    python tools/plan.py --validate           # the memory model against real runs on this machine (minutes)
+    python tools/plan.py --validate quick     # the memory model against real runs on this machine (minutes)
 
 Memory is computed twice, by two ways that share nothing: a formula, which stands line by line in `memory`, and, with
 --simulate, the real training step of the real model on fake tensors. Both count what PyTorch holds at the worst moment
@@ -14,6 +14,7 @@ Time is a roofline: arithmetic, memory traffic of what is no matrix product, and
 arithmetic as far as it fits. Its constants are those in HARDWARE and the few lines below it, the same for all rows.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -436,7 +437,7 @@ def largest_rows(model: Model, strategy: Strategy, setup: Setup, gpu: GPU) -> in
     if not fits(1):
         return 0
     low, high = 1, 2
-    while fits(high) and high < 4096:
+    while fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
@@ -957,6 +958,8 @@ def check_arguments(args: Arguments) -> tuple[Model, GPU]:
         mistakes.append(f"--target_share {args.target_share}: a share above 0, at most 1")
     if not 0 <= args.price_per_gpu_hour < math.inf:
         mistakes.append(f"--price_per_gpu_hour {args.price_per_gpu_hour}: must be >= 0")
+    if args.output_dir and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        mistakes.append(f"--output_dir {args.output_dir}: it is a file; name a folder")
     if args.validate not in ("", "quick", "full"):
         mistakes.append(f"--validate {args.validate}: choose quick or full")
     if not mistakes and args.batch % (args.gpus * args.nodes):
@@ -1005,14 +1008,15 @@ def plan_row(args: Arguments, model: Model, gpu: GPU, name: str, checkpointing: 
 
 
 def command(args: Arguments, strategy: Strategy, setup: Setup) -> str:
-    """What starts the strategy; MODEL is the folder of the weights, DATASET that of the tokenized set."""
+    """What starts the strategy; MODEL is the folder of the weights, DATASET, to be set, that of the tokenized set."""
     model = f"models/{args.model}" if args.model in MODELS else args.model.removesuffix("/config.json")
-    parts = [f"MODEL={model}", f"NUM_GPUS={setup.gpus}"]
+    parts = [f"MODEL={model}", "DATASET=$DATASET", f"NUM_GPUS={setup.gpus}"]
     if setup.nodes > 1:
         parts += [f"NUM_NODES={setup.nodes}", "NODE_RANK=$NODE_RANK", "MASTER_ADDR=$MASTER_ADDR"]
     parts += [f"sh scripts/{strategy.launcher}", *([strategy.flags] if strategy.flags else [])]
     parts += [f"--per_device_train_batch_size {setup.rows}", f"--gradient_accumulation_steps {setup.accumulation}"]
     parts += [f"--gradient_checkpointing {setup.checkpointing}", f"--padding_free {setup.padding_free}"]
+    parts += [f"--lora_rank {setup.lora_rank}"] * strategy.adapter
     return " ".join(parts)
 
 
@@ -1164,7 +1168,8 @@ def main() -> None:
     if args.output_dir:
         draw_plan(args, gpu, rows, Path(args.output_dir) / "plan.png")
     if args.simulate:
-        print_simulation(args, model)
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):  # JSON stays alone in its stream
+            print_simulation(args, model)
 
 
 if __name__ == "__main__":

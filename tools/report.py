@@ -94,7 +94,9 @@ def read_events(folder: Path) -> dict[int, dict]:
 def read_run(folder: Path) -> Run:
     """Everything the folder tells about its run so far."""
     receipt = read_json(folder / "run.json")
-    checkpoints = [path.parent for path in folder.glob("checkpoint-*/complete.json")]
+    checkpoints = [
+        path.parent for path in folder.glob("checkpoint-*/complete.json") if path.parent.name[11:].isdecimal()
+    ]
     newest = max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
     state = read_json(folder / "trainer_state.json") or (newest and read_json(newest / "trainer_state.json")) or {}
     rows = read_events(folder / "runs")
@@ -362,8 +364,8 @@ def check_arguments(args: Arguments, folders: list[Path]) -> None:
 def main() -> None:
     parser = HfArgumentParser(Arguments, usage="%(prog)s RUN [RUN ...] [--flag value ...]", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that a training script wrote")
-    args, positional = parser.parse_args_into_dataclasses()
     try:
+        args, positional = parser.parse_args_into_dataclasses()
         check_arguments(args, positional.runs)
     except ValueError as mistakes:
         sys.exit(f"error: {mistakes}\n--help lists every flag with its default")

@@ -98,7 +98,7 @@ def test_mistakes_end_with_one_message():
         ("finetune_pp.py", []),
         ("finetune_pp_peft.py", []),
         ("finetune_pp_peft.py", ["--peft_mode=ptuning"]),
-        ("finetune_pp_1f1b.py", ["--num_processes", 2]),
+        ("finetune_pp_1f1b.py", ["--num_processes", 2, "--gradient_accumulation_steps", 4]),
         ("finetune_pp_1f1b.py", ["--lora_used", True]),
         ("finetune_pp_peft_trainer.py", ["--num_processes", 2]),
         ("finetune_pp_peft_trainer_lora.py", ["--num_processes", 2]),
@@ -127,4 +127,8 @@ def test_a_bad_run_is_stopped_with_the_reason(tiny_model, tmp_path):
     assert "FAIL EOS is a target in 0 of 22" in completed.stdout and "do not start" in completed.stdout
     completed = run_script("tools/doctor.py", "--", "finetune_pp_peft.py", *flags, "--lora_rank", 0, check=False)
     assert completed.returncode == 1 and "--lora_rank 0: must be > 0" in completed.stdout
+    pipeline = ["--num_processes", 2, "--", "finetune_pp_1f1b.py", *flags]
+    completed = run_script("tools/doctor.py", *pipeline, check=False)
+    assert completed.returncode == 1 and "ChildFailedError" not in completed.stdout
+    assert "-> error: --gradient_accumulation_steps 1: 1f1b needs a micro-batch for each" in completed.stdout
     assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ Prints a line for each check: ok, note (it will run, but), or FAIL, with the rem
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -272,6 +273,8 @@ def rehearse(script: str, flags: list[str], num_processes: int) -> list[Check]:
 
 def last_lines(completed: subprocess.CompletedProcess) -> str:
     text = completed.stderr.strip() or completed.stdout.strip()
+    # What torchrun says after the script's own words only tells that a process ended.
+    text = re.split(r"^[EW]\d{4} .*torch/distributed/elastic", text, maxsplit=1, flags=re.MULTILINE)[0].strip() or text
     mistakes = text[text.index("error:") :] if "error:" in text else text
     return "\n      ".join(mistakes.splitlines()[-8:])
 

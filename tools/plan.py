@@ -343,6 +343,12 @@ def sharded(model: Model, strategy: Strategy, setup: Setup, trained: float, proc
         left = kept * (model.layers - done - 1) / model.layers
         end = {"activations": left + recomputed / 2, "buffers": gathered + head_gradient + layer_gradient + reduced}
         moments += [states | {"gradients": so_far, "logits": 0} | moment for moment in (within, end)]
+    if strategy.kind == "zero3" and strategy.adapter and not is_whole:
+        # Early in the forward. DeepSpeed prefetches a bucket at each submodule (partitioned_param_coordinator.py), and
+        # an adapter makes five of each linear layer, so it runs ahead until stage3_max_live_parameters (1e9) are whole.
+        ahead = e * min(1e9, model.layers * model.layer_params + model.vocab * model.hidden)
+        moments.append(states | {"gradients": accumulated, "activations": kept / model.layers, "logits": 0,
+                                 "buffers": gathered + ahead})  # fmt: skip
     parts = max(moments, key=lambda moment: sum(moment.values()))
     return parts | {"total": sum(parts.values()), "states": weights + gradients + gradient_copy + optimizer}
 

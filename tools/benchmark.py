@@ -457,8 +457,9 @@ def make_table(args: Arguments, folder: Path) -> None:
     weights, num_gpus = count_weights(args), torch.cuda.device_count()
     machine = f"{num_gpus} x {torch.cuda.get_device_name()}" if num_gpus else f"{args.threads} CPU cores"
     peak = f"{args.peak_flops:g} FLOPs a second of a device" if args.peak_flops else "measured before each run"
+    words = [Path(word).name if word == args.data else word for word in sys.argv]  # no folders of this machine
     head = (
-        f"# What each strategy costs\n\n`python {shlex.join(sys.argv)}` wrote this.\nMachine: {machine}, the peak "
+        f"# What each strategy costs\n\n`python {shlex.join(words)}` wrote this.\nMachine: {machine}, the peak "
         f"{peak}; torch {torch.__version__}. Each strategy was run once, {args.steps} steps of\n"
         f"{(num_gpus or 2) * args.batch_size} rows, the first left out; padding-free, so all tokens are real ones. An "
         f"epoch has {args.tokens:g} tokens.\n\n"

@@ -336,8 +336,8 @@ def check_weights(ranks: list[dict]) -> list[Check]:
         return any(rank["before"][name] != rank["after"][name] for rank in ranks if name in rank["before"])
 
     # Of all ranks: in the pipeline each has other tensors.
-    frozen = list(dict.fromkeys(name for rank in ranks for name in rank["frozen"]))
-    trained = [name for name in dict.fromkeys(n for rank in ranks for n in rank["before"]) if name not in set(frozen)]
+    frozen = dict.fromkeys(name for rank in ranks for name in rank["frozen"])
+    trained = [name for name in dict.fromkeys(n for rank in ranks for n in rank["before"]) if name not in frozen]
     first = [name for name in trained if "lora_A" not in name]  # zero in step 1, because lora_B begins as zero
     checks = []
     for number, names in ((1, first), (2, trained)):
@@ -407,9 +407,9 @@ def main() -> None:
         sys.exit(f"error: {' '.join(own)}: usage: tools/doctor.py [--num_processes N] [-- SCRIPT --flag value ...]")
     if command and command[0] not in scripts:
         sys.exit(f"error: {command[0]}: behind -- stands one of {', '.join(scripts)}, and its flags")
-    os.chdir(ROOT)  # where the rehearsal runs: relative paths mean the same to all
     if int(num_processes) > 1 and command and command[0] in ("finetune_pp.py", "finetune_pp_peft.py"):
         sys.exit(f"error: --num_processes {num_processes}: {command[0]} is one process; it takes all visible GPUs")
+    os.chdir(ROOT)  # where the rehearsal runs: relative paths mean the same to all
     output_dir = Path(parse(command[0], command[1:]).output_dir) if command else Path("outputs")
     machine = check_versions() + check_gpus() + check_compilers() + check_limits() + check_disk(output_dir)
     good = report("machine", machine)

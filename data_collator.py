@@ -7,13 +7,15 @@ It is shared because a mistake here would be wrong in every strategy at once. Th
 
 A token attends to its own document only. transformers finds the documents by `position_ids` that restart at 0, but only
 when no `attention_mask` and no cache are passed: always call the model with `use_cache=False`. Instead of a mask over
-the whole row, attend_by_document lets the layers compute one document after the other.
+the whole row, attend_by_document lets the layers compute one document after the other. Logits exist for a few hundred
+targets at a time only: compute_loss_in_head lets the output layer compute the loss, chunk by chunk.
 
 What must be the same in every strategy's output folder stands here, too: what makes a checkpoint whole, whether it
 belongs to the same order of rows, and the receipt of a run.
 """
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -34,7 +36,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
@@ -45,6 +47,9 @@ SETTINGS += ("num_virtual_tokens", "mapping_hidden_dim", "learning_rate", "lr_sc
 SETTINGS += ("weight_decay", "max_grad_norm", "load_in_4bit", "lora_used", "deepspeed", "world_size")
 LEAST = {"warmup_steps": 0, "weight_decay": 0, "lora_dropout": 0, "mapping_hidden_dim": 0, "seed": 0, "max_steps": -1}
 FILLER = -1  # the index of a row without target, which completes the last optimizer step of an epoch
+TARGETS_AT_ONCE = 512  # whose logits exist together: 0.1 GB for 49,152 ids, where 4 x 512 targets have 0.4 GB
+# transformers' code where nothing happens to the logits between the output layer and the loss.
+HEAD_THEN_LOSS = r"lm_head\(hidden_states\)\s+loss = None\s+if labels is not None:\s+(#.*\s+)?loss = self.loss_function"
 
 
 def find_mistakes(args) -> list[str]:
@@ -77,21 +82,6 @@ def use_bf16(choice: str, use_cpu: bool) -> bool:
     return choice == "True" or (choice == "auto" and is_fast)
 
 
-class ListColumn:
-    """A column of lists in memory-mapped Arrow files: `column[row]` is a view of the file, and nothing is copied."""
-
-    def __init__(self, column):
-        self.chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in column.chunks]
-        self.first_rows = np.cumsum([0] + [len(chunk) for chunk in column.chunks]).tolist()
-        self.num_values = sum(int(offsets[-1] - offsets[0]) for offsets, _ in self.chunks)
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        chunk = bisect_right(self.first_rows, row) - 1
-        offsets, values = self.chunks[chunk]
-        row -= self.first_rows[chunk]
-        return values[offsets[row] : offsets[row + 1]]
-
-
 class TokenizedFolder:
     """One folder that data_sample/tokenize_dataset.py wrote, of rows with labels or of whole documents without.
 
@@ -122,7 +112,7 @@ class TokenizedFolder:
         if self.has_labels and self.ledger.get("targets") == 0:
             raise ValueError("no token in it is a target, so there is nothing to learn; tokenize rows with an answer")
         columns = ["input_ids"] + ["labels"] * self.has_labels + ["position_ids"] * self.packed
-        self.columns = {name: ListColumn(table.column(name)) for name in columns}
+        self.columns = {name: table.column(name) for name in columns}
         known = self.ledger.get("vocabulary_sha256")
         if tokenizer and known and known != vocabulary_hash(tokenizer):
             raise ValueError("it was made with another tokenizer; tokenize again with --tokenizer_path MODEL")
@@ -131,7 +121,8 @@ class TokenizedFolder:
 
     def _check_ids(self, vocab_size: int) -> None:
         for name, least in (("input_ids", 0), ("labels", IGNORE_INDEX)):
-            for _, ids in self.columns[name].chunks if name in self.columns else ():
+            for chunk in self.columns[name].chunks if name in self.columns else ():
+                ids = chunk.flatten().to_numpy()
                 if len(ids) and (ids.max() >= vocab_size or ids.min() < least):
                     raise ValueError(f"{name} from {ids.min()} to {ids.max()} do not fit the model's vocabulary "
                                      f"of {vocab_size}; tokenize again with --tokenizer_path MODEL")  # fmt: skip
@@ -212,7 +203,7 @@ class TokenizedDataset(Dataset):
 
     def num_tokens(self, draw: int) -> int:
         folder, row, taken = self.locate(draw)
-        return len(folder.columns["input_ids"][row][taken])
+        return len(folder.columns["input_ids"][row].values[taken])
 
     def __getitem__(self, draw: int) -> dict[str, torch.Tensor]:
         """A row of length T: int64 `input_ids` [T], `labels` [T] and, if any row is packed, `position_ids` [T].
@@ -225,7 +216,7 @@ class TokenizedDataset(Dataset):
         else:
             folder, row, taken = self.locate(int(draw))
             columns = folder.columns.items()
-            row = {name: torch.from_numpy(ids[row][taken].astype(np.int64)) for name, ids in columns}
+            row = {n: torch.from_numpy(ids[row].values[taken].to_numpy().astype(np.int64)) for n, ids in columns}
             row.setdefault("labels", row["input_ids"])
         if self.packed:
             row.setdefault("position_ids", torch.arange(len(row["input_ids"])))
@@ -405,6 +396,7 @@ class RowTrainer:
     def _prepare_for_training(self, *args):
         prepared = super()._prepare_for_training(*args)
         attend_by_document(self.model, self.sampler.settings)
+        compute_loss_in_head(self.model, self.sampler.settings)
         if not all(self.is_sharded(parameter) for parameter in self.model.parameters()):
             self.stop("error: the parameters are not sharded, although this script asked for it")
         if self.data_collator.padding_free or self.sampler.dataset.packed:
@@ -528,6 +520,96 @@ def attend_by_document(model: torch.nn.Module, args: dict) -> torch.nn.Module:
         AttentionMaskInterface.register("documents", document_lengths)
         model.set_attn_implementation("documents")
     return model
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The loss of an output layer without the logits of all targets: they exist for one chunk of targets at a time.
+
+    The gradients are computed along with the loss, so no logits are kept for the backward or computed again. Liger
+    Kernel (arXiv:2410.10989) does the same.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The summed loss, float32, of the logits `hidden @ weight.T`.
+
+        Args:
+            hidden: [targets, size]; weight: [vocabulary, size], of the same precision; targets: ids [targets].
+        """
+        loss = torch.zeros((), device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), TARGETS_AT_ONCE):
+            taken = slice(start, start + TARGETS_AT_ONCE)
+            chunk, ids = hidden[taken], targets[taken, None]
+            log_softmax = (chunk @ weight.T).float().log_softmax(1)
+            loss -= log_softmax.gather(1, ids).sum()
+            if grad_hidden is None:
+                continue  # an evaluation
+            grad_logits = log_softmax.exp_()
+            grad_logits = grad_logits.scatter_add_(1, ids, grad_logits.new_full(ids.shape, -1.0)).to(hidden.dtype)
+            torch.mm(grad_logits, weight, out=grad_hidden[taken])
+            if grad_weight is not None and grad_weight.dtype == weight.dtype:
+                grad_weight.addmm_(grad_logits.T, chunk)
+            elif grad_weight is not None:
+                grad_weight += grad_logits.T @ chunk
+        ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss: torch.Tensor):
+        grad_hidden, grad_weight = ctx.gradients
+        del ctx.gradients  # they are scaled in place, which can be done once
+        return grad_hidden.mul_(grad_loss), None if grad_weight is None else grad_weight.mul_(grad_loss), None
+
+
+def summed_loss(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
+    """The loss of the logits `head(hidden)`: in chunks, unless the layer is more than a matrix, as with an adapter.
+
+    Args:
+        hidden: [targets, size]; targets: their ids [targets].
+    """
+    if type(head) is not torch.nn.Linear or head.bias is not None:
+        return cross_entropy(head(hidden).float(), targets, reduction="sum")
+    device, weight = hidden.device.type, head.weight
+    if torch.is_autocast_enabled(device):
+        hidden, weight = (part.to(torch.get_autocast_dtype(device)) for part in (hidden, weight))
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
+    with torch.autocast(device, enabled=False):
+        return ChunkedCrossEntropy.apply(hidden, weight, targets.to(hidden.device))
+
+
+def compute_loss_in_head(model: torch.nn.Module, args: dict) -> None:
+    """Lets the output layer of `model` return the summed loss of `shift_labels` in the place of logits.
+
+    It has to be the layer itself: under FSDP2 and ZeRO-3 its weight is whole only while it runs. Models that do more
+    with logits than that are left as they are, and so are batches without `shift_labels`.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head, text = model.get_output_embeddings(), inspect.getsource(type(model).forward)
+    is_plain = type(head) is torch.nn.Linear and head.bias is None and re.search(HEAD_THEN_LOSS, text)
+    if not is_plain or args["torch_compile"]:
+        return
+    # accelerate's hook, which moves inputs to the layer's device, keeps the layer's own forward under another name.
+    name = "_old_forward" if hasattr(head, "_old_forward") else "forward"
+    targets, plain_forward, plain_loss = None, getattr(head, name), model.loss_function
+
+    def remember_targets(module, inputs, kwargs):
+        nonlocal targets
+        targets = kwargs.get("shift_labels")
+
+    def forward(hidden):
+        return plain_forward(hidden) if targets is None else summed_loss(hidden[0], head, targets[0])
+
+    def loss_function(logits, *args, num_items_in_batch=None, shift_labels=None, **kwargs):
+        if shift_labels is None:
+            return plain_loss(logits, *args, num_items_in_batch=num_items_in_batch, **kwargs)
+        return logits / (shift_labels.numel() if num_items_in_batch is None else num_items_in_batch)
+
+    model.register_forward_pre_hook(remember_targets, with_kwargs=True)
+    model.loss_function = loss_function
+    setattr(head, name, forward)
 
 
 @torch.no_grad()

@@ -158,6 +158,7 @@ def load_model(args: Arguments, config, checkpoint: Path | None, devices: list[t
         use_safetensors=True,
     )
     data_collator.attend_by_document(model, asdict(args))
+    data_collator.compute_loss_in_head(model, asdict(args))
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.torch_compile:

@@ -214,6 +214,7 @@ def load_model(args: Arguments, config, devices: list[torch.device], bf16: bool)
     )
     data_collator.attend_by_document(base, asdict(args))
     model = add_adapter(args, base)
+    data_collator.compute_loss_in_head(model, asdict(args))
     if args.peft_path:
         load_adapter(model, Path(args.peft_path))
     if args.torch_compile:

@@ -10,12 +10,15 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import make_tokenizer, random_rows, save_rows
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from conftest import make_tokenizer, random_rows, save_rows, save_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import data_collator
 from data_collator import (
     FILLER,
     IGNORE_INDEX,
@@ -26,6 +29,7 @@ from data_collator import (
     batches,
     check_document_attention,
     complete_checkpoint,
+    compute_loss_in_head,
     document_lengths,
     find_checkpoint,
     find_damage,
@@ -632,6 +636,7 @@ def test_a_step_computes_what_its_real_tokens_need_and_nothing_else(adapter):
         return counter.get_total_flops()
 
     dense = count("sdpa")
+    compute_loss_in_head(model, {"torch_compile": False})
     executed = count("auto")
     print(f"floor {floor / 1e9:.3f}, executed {executed / floor:.3f} of it, with a mask {dense / floor:.3f}")
     assert 0.9 < executed / floor <= 1.05
@@ -651,6 +656,135 @@ def test_the_counter_sees_the_attention_of_512_tokens():
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         torch.nn.functional.scaled_dot_product_attention(states, states, states, is_causal=True).sum().backward()
     assert counter.get_total_flops() == 14 * 512 * 512 * 4 * 32
+
+
+def row_tensors(num_rows: int, vocab_size: int = 300) -> list[dict[str, torch.Tensor]]:
+    rows = random_rows(num_rows, vocab_size=vocab_size)
+    return [{name: torch.tensor(ids) for name, ids in row.items()} for row in rows]
+
+
+class LargestLogits(TorchDispatchMode):
+    """Remembers the most rows of any tensor as wide as the vocabulary."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.vocab_size, self.rows = vocab_size, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.ndim > 1 and result.shape[-1] == self.vocab_size:
+            self.rows = max(self.rows, result.numel() // self.vocab_size)
+        return result
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_in_chunks_is_the_loss_and_never_holds_all_logits(tmp_path, adapter, tied, monkeypatch):
+    """71 targets in chunks of 40: the same loss and gradients as from all logits at once, of which none are held."""
+    torch.manual_seed(0)
+    model = base = load(save_tiny_model(tmp_path / "model", tied))
+    if adapter:
+        lora = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        model = peft.get_peft_model(base, lora)
+    batch = DataCollator(padding_free=True)(row_tensors(8))
+    assert num_targets(batch) == 71
+    monkeypatch.setattr(data_collator, "TARGETS_AT_ONCE", 40)
+    results = []
+    for is_chunked in (False, True):
+        if is_chunked:
+            compute_loss_in_head(model, {"torch_compile": False})
+        model.zero_grad()
+        with LargestLogits(vocab_size=300) as largest:
+            loss = model(**batch, num_items_in_batch=7, use_cache=False).loss
+            loss.backward()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            evaluated = model(**batch, num_items_in_batch=7, use_cache=False).loss
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((loss, evaluated, gradients, largest.rows, counter.get_total_flops()))
+    (loss, _, gradients, rows, flops), (chunked, evaluated, chunked_gradients, chunked_rows, chunked_flops) = results
+    assert (rows, chunked_rows) == (71, 40)
+    assert chunked_flops == flops  # an evaluation computes no gradient
+    assert torch.equal(chunked, evaluated)
+    torch.testing.assert_close(chunked, loss, rtol=1e-6, atol=0)
+    assert chunked_gradients.keys() == gradients.keys()
+    assert all((chunked_gradients[n] - g).norm() <= 2e-6 * g.norm() for n, g in gradients.items())
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_the_loss_in_chunks_stays_float32_where_the_model_computes_in_bf16(tiny_model, adapter, monkeypatch):
+    """The loss is not rounded to bf16's three digits, and chunks are not added up in bf16."""
+    monkeypatch.setattr(data_collator, "TARGETS_AT_ONCE", 4)
+    batch, results = DataCollator(padding_free=True)(row_tensors(8)), []
+    for is_chunked, dtype in ((False, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16)):
+        model = load(tiny_model)
+        if adapter:
+            lora = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+            torch.manual_seed(0)
+            model = peft.get_peft_model(model, lora)
+        if is_chunked:
+            compute_loss_in_head(model, {"torch_compile": False})
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(**batch, num_items_in_batch=1, use_cache=False).loss
+        loss.backward()
+        results.append((loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    (exact, gradient), (plain, plain_gradient), (chunked, chunked_gradient) = results
+    assert chunked.dtype == torch.float32
+    assert abs(chunked - exact) <= 1.01 * abs(plain - exact) + 1e-5 * exact
+    assert (chunked_gradient - gradient).norm() <= 1.05 * (plain_gradient - gradient).norm()
+
+
+CHUNKED = {"llama": True, "mistral": True, "qwen2": True, "gpt2": True, "gpt_neox": True, "gemma": True}
+CHUNKED |= {"phi": False, "gemma2": False, "granite": False, "cohere": False}  # a bias, or more is done to the logits
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_only_models_whose_logits_go_straight_into_the_loss_compute_it_in_the_head(name, monkeypatch):
+    config = transformers.AutoConfig.for_model(name, **sizes(), pad_token_id=0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()  # gpt2 has dropout
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)  # logits so large that scaling or capping them would show
+    batch, losses = DataCollator(padding_free=True)(row_tensors(4, vocab_size=64)), []
+    calls, apply = [], data_collator.ChunkedCrossEntropy.apply
+    monkeypatch.setattr(data_collator.ChunkedCrossEntropy, "apply", lambda *args: calls.append(1) or apply(*args))
+    for is_chunked in (False, True):
+        if is_chunked:
+            compute_loss_in_head(model, {"torch_compile": False})
+        losses.append(model(**batch, num_items_in_batch=3, use_cache=False).loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert bool(calls) == CHUNKED[name]
+
+
+def test_an_adapter_on_the_output_layer_takes_part_in_the_loss(tiny_model):
+    """Such a layer computes all logits, in the pipeline's last stage, too."""
+    model = load(tiny_model)
+    lora = peft.LoraConfig(r=8, target_modules=["lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(model, lora)
+    batch, losses = DataCollator(padding_free=True)(row_tensors(4)), []
+    for is_chunked in (False, True):
+        if is_chunked:
+            compute_loss_in_head(model, {"torch_compile": False})
+        losses.append(model(**batch, num_items_in_batch=1, use_cache=False).loss)
+    hidden, targets = torch.randn(5, 32), torch.arange(5)
+    logits = model.get_output_embeddings()(hidden)
+    losses += [torch.nn.functional.cross_entropy(logits, targets, reduction="sum")]
+    losses += [data_collator.summed_loss(hidden, model.get_output_embeddings(), targets)]
+    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[2], losses[3])
+
+
+def test_the_loss_in_chunks_works_behind_the_hook_that_moves_inputs_between_devices(tiny_model):
+    """accelerate puts it on every layer of a model that is spread over devices."""
+    model, losses = load(tiny_model), []
+    batch = DataCollator(padding_free=True)(row_tensors(4))
+    for is_chunked in (False, True):
+        if is_chunked:
+            add_hook_to_module(model.lm_head, AlignDevicesHook("cpu"))
+            compute_loss_in_head(model, {"torch_compile": False})
+        output = model(**batch, num_items_in_batch=1, use_cache=False)
+        losses.append(output.loss.item())
+    assert output.logits.ndim == 0  # it is the loss
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 class IgnoresPositions(LlamaForCausalLM):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -44,7 +45,8 @@ def expect_seen(length: int, taken: int, num_draws: int) -> float:
 def coverage(dataset: TokenizedDataset, num_epochs: int, seed: int) -> list[list[tuple[float, float]]]:
     """For each epoch and folder: the share of its tokens that was seen so far, and the expected one."""
     sampler = RowSampler(dataset, rows_per_step=1, seed=seed)
-    num_tokens = np.array([folder.columns["input_ids"].num_values for folder in dataset.folders])
+    lengths = [pc.list_value_length(folder.columns["input_ids"]) for folder in dataset.folders]
+    num_tokens = np.array([pc.sum(numbers).as_py() for numbers in lengths])
     starts: dict[int, list[int]] = {}
     seen_by_epoch = []
     for epoch in range(num_epochs):

@@ -5,11 +5,15 @@ import importlib.util
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from conftest import ROOT, run_script
 from transformers import AutoModelForCausalLM, LlamaConfig
+
+import data_collator
 
 spec = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools" / "plan.py")
 plan = importlib.util.module_from_spec(spec)
@@ -23,6 +27,11 @@ A100 = plan.HARDWARE["a100-80g"]
 @pytest.mark.parametrize("name", ["llama-7b", "llama-2-70b", "llama-3-8b", "llama-3.2-1b"])
 def test_the_parameters_are_those_of_transformers_model(name):
     model = plan.MODELS[name]
+    assert skeleton(model).num_parameters() == model.params
+
+
+def skeleton(model):
+    """transformers' model of this shape, without weights."""
     config = LlamaConfig(
         hidden_size=model.hidden,
         intermediate_size=model.intermediate,
@@ -33,7 +42,7 @@ def test_the_parameters_are_those_of_transformers_model(name):
         tie_word_embeddings=model.tied,
     )
     with torch.device("meta"):
-        assert AutoModelForCausalLM.from_config(config).num_parameters() == model.params
+        return AutoModelForCausalLM.from_config(config)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +80,103 @@ def test_the_formula_agrees_with_the_step_of_large_models(strategy, name):
         formula = plan.memory(plan.MODELS[name], plan.STRATEGIES[strategy], setup)["total"]
         simulated = plan.simulate(plan.MODELS[name], plan.STRATEGIES[strategy], setup)["total"]
         assert formula == pytest.approx(simulated, rel=0.1)
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+@pytest.mark.parametrize("strategy", ["ZeRO-3", "ZeRO-3+LoRA"])
+def test_zero3_gathers_ahead_what_deepspeeds_own_prefetcher_does(strategy, padding_free, monkeypatch):
+    """DeepSpeed's coordinator, driven in the order of a step of a model without weights, counts what it gathers."""
+    from deepspeed.runtime.zero import partitioned_param_coordinator as deepspeed
+
+    model, status = plan.SIZES[0], deepspeed.ZeroParamStatus
+    setup = plan.Setup(compute_bytes=4, checkpointing=True, padding_free=padding_free)
+    module = skeleton(model)
+    if plan.STRATEGIES[strategy].adapter:
+        module = peft.get_peft_model(
+            module, peft.LoraConfig("CAUSAL_LM", target_modules="all-linear", lora_dropout=0.05)
+        )
+    parameters, calls = list(module.parameters()), []
+
+    def set_status(group, value):
+        for parameter in group:
+            parameter.ds_status = value
+
+    def gather(group, quantize):
+        set_status(group, status.INFLIGHT)
+        return SimpleNamespace(wait=lambda handle_dependency: set_status(group, status.AVAILABLE))
+
+    for i, parameter in enumerate(parameters):
+        parameter.ds_id, parameter.ds_numel, parameter.ds_shape = i, parameter.numel(), parameter.shape
+        parameter.ds_persist = parameter.numel() <= 10 * model.hidden  # transformers' "auto"
+        parameter.ds_active_sub_modules, parameter.is_external_param = set(), False
+        parameter.ds_tensor, parameter.ds_secondary_tensor = SimpleNamespace(final_location=None), None
+        parameter.nvme_swapper, parameter.partition_numel = None, parameter.numel
+        parameter.all_gather_coalesced, parameter.ds_summary = gather, str
+        parameter.partition = lambda free_data, alone=(parameter,): set_status(alone, status.NOT_AVAILABLE)
+    set_status(parameters, status.NOT_AVAILABLE)
+    for i, submodule in enumerate(module.modules()):
+        submodule.ds_id, submodule.ds_recompute_parameters, submodule.ds_external_parameters = i, set(), tuple
+        submodule.register_forward_pre_hook(lambda submodule, *_: calls.append((submodule, True)))
+        submodule.register_forward_hook(lambda submodule, *_: calls.append((submodule, False)))
+    ids, mask = torch.zeros(1, 8, dtype=torch.int64, device="meta"), torch.zeros(1, 1, 8, 8, device="meta")
+    module(input_ids=ids, attention_mask=mask, use_cache=False)
+
+    for name in ("print_rank_0", "assert_ints_same_as_other_ranks"):
+        monkeypatch.setattr(deepspeed, name, lambda *_, **__: None)
+    limits, registry = (int(0.9 * model.hidden**2), 10**9, 10**9), deepspeed.InflightParamRegistry()
+    coordinator = deepspeed.PartitionedParameterCoordinator(*limits, None, registry)
+    gathered = []
+    for with_backward in [False] * 2 * padding_free + [True] * 3:  # check_document_attention has two forwards
+        coordinator.reset_step()
+        gathered.clear()
+        backward = [(submodule, not enters) for submodule, enters in reversed(calls)] if with_backward else []
+        for i, (submodule, enters) in enumerate(calls + backward):
+            if enters:
+                coordinator.trace_prologue(submodule)
+                if coordinator.is_record_trace():
+                    coordinator.record_module(submodule)
+                coordinator.fetch_sub_module(submodule, forward=i < len(calls))
+            else:
+                coordinator.release_sub_module(submodule, forward=i < len(calls))
+            whole = (p.ds_numel for p in parameters if p.ds_status != status.NOT_AVAILABLE and not p.ds_persist)
+            gathered.append(4 * sum(whole))
+    most, again, _ = plan.prefetched(model, plan.STRATEGIES[strategy], setup)
+    assert most == pytest.approx(max(gathered[: len(calls)]), rel=0.1)
+    head = 0 if padding_free else 4 * model.vocab * model.hidden  # released behind its use, or not
+    assert again + head == pytest.approx(gathered[len(calls) - 1], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "size", "length", "peak"),
+    [("ZeRO-3", 1, 0, 854), ("ZeRO-3+LoRA", 0, 1, 269), ("ZeRO-3 offload+LoRA", 0, 1, 269)],
+)
+def test_the_formula_knows_what_zero3_gathers_ahead(strategy, size, length, peak):
+    """MiB of tensors as plan.py --validate full measured them, two processes with checkpointing."""
+    setup = plan.Setup(
+        2, rows=4, sequence_length=plan.LENGTHS[length], checkpointing=True, compute_bytes=4, on_cpu=True
+    )
+    memory = plan.memory(plan.SIZES[size], plan.STRATEGIES[strategy], setup)
+    assert (memory["total"] + memory["offloaded"]) / 2**20 == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_loss_of_joined_rows_holds_what_the_formula_says(dtype, trained):
+    """Of 1,000 targets in chunks, counted by torch's profiler; 10,000 ids, so that the logits outweigh the rest."""
+    model, strategy = replace(SMALL, vocab=10000), plan.STRATEGIES["FSDP" if trained else "FSDP+LoRA"]
+    hidden = torch.randn(1000, model.hidden, dtype=dtype, requires_grad=True)
+    weight = torch.randn(model.vocab, model.hidden, dtype=dtype, requires_grad=trained)
+    ids = torch.zeros(1000, dtype=torch.int64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        data_collator.ChunkedCrossEntropy.apply(hidden, weight, ids)
+    held, most = 0, 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    setup = plan.Setup(sequence_length=1000, compute_bytes=dtype.itemsize, on_cpu=True)
+    assert data_collator.TARGETS_AT_ONCE == plan.TARGETS_AT_ONCE
+    assert plan.logits_bytes(model, strategy, setup) == pytest.approx(most, rel=0.05)
 
 
 def test_the_clock_agrees_with_the_published_rows():

@@ -60,6 +60,7 @@ LATENCY = 12e-6  # s for each hop of a ring between machines
 HOST_LINK = 0.75 * GB  # bytes/s for each GPU that DeepSpeed's offload sustains with all GPUs at once; PCIe 4 has 25
 HOST_ADAM = 15 * GB  # bytes/s of host memory for each process in DeepSpeed's CPUAdam
 LAUNCH = 10e-6  # s that PyTorch needs to start one operation; a GPU that computes less waits
+TARGETS_AT_ONCE = 512  # as in data_collator.py, which computes the loss of joined rows in chunks
 OVERHEAD = 2 * GiB  # CUDA context, NCCL's buffers, library workspaces
 FRAGMENTATION = 0.05  # share of a GPU's memory that PyTorch's allocator cannot use
 
@@ -290,28 +291,28 @@ def sharded(model: Model, strategy: Strategy, setup: Setup, trained: float, proc
     gradient_copy = 0 if strategy.kind == "fsdp" or strategy.offload else 4 * trained / processes
 
     # What is whole for a moment, because it computes or travels.
-    layer_gradient, root_gradient = (0, 0) if strategy.adapter else (layer, root)
-    head_gradient = 0 if strategy.adapter else e * model.vocab * model.hidden
+    head = e * model.vocab * model.hidden
+    layer_gradient, head_gradient = (0, 0) if strategy.adapter else (layer, head)
     if strategy.kind == "fsdp":
-        # Embedding and head stay gathered during a step; the next layer is fetched while one computes.
-        fetched, gathered = 2 * layer, root + 2 * layer
-        # Gradients are copied to be reduced in float32.
-        reduced, root_reduced, root_shard = 4 / e * layer_gradient, 4 / e * root_gradient, 4 / e * root_gradient
-        root_shard /= processes
+        # accelerate shards the embedding, each layer, and the final norm with the head by themselves. The head stays
+        # gathered until its backward; tied to the embedding it does during the whole step, and so does its gradient.
+        at_loss, in_layer, after = head + layer, 2 * layer + model.tied * head, head
+        # Gradients are copied to be reduced in float32, of the head while the last layer computes.
+        reduced, head_reduced, root_gradient = 4 / e * layer_gradient, 4 / e * head_gradient, head_gradient
+        root_reduced, root_shard = head_reduced, head_reduced / processes
+        if model.tied:
+            head_reduced = 0
+        else:
+            head_gradient = 0
     else:
         bucket = e * model.hidden**2  # the "auto" size of transformers' DeepSpeed integration
-        # ZeRO-3 gathers a matrix before it computes and releases it behind, as the count of available weights at the
-        # backward shows; one process alone has them all, unless they lie in the host's memory.
-        is_whole = processes == 1 and (setup.on_cpu or not strategy.offload)
-        largest = max(model.vocab * model.hidden, *(inputs * outputs for inputs, outputs in model.linears))
-        fetched = gathered = 0 if strategy.kind == "zero2" or is_whole else e * largest
         # What is reduced is joined in a flat copy, a tensor above the bucket's size by itself; gloo copies it again.
         flat = (1 + setup.on_cpu) * e * largest_tensor(model, strategy, setup) if processes > 1 else 0
-        reduced, root_reduced, root_shard, root_gradient = 2 * bucket + flat, 2 * bucket + flat, 0, 0
-        if strategy.kind == "zero2":
-            layer_gradient = 0  # copied into the bucket as it comes
-            # On its way to the host a gradient passes through a buffer of the largest tensor's size.
-            gathered = fetched = e * largest_tensor(model, strategy, setup) if strategy.offload else 0
+        reduced, root_reduced, head_reduced = 2 * bucket + flat, 2 * bucket + flat, 2 * bucket + flat
+        root_gradient, root_shard, after = 0, 0, 0
+        layer_gradient = 0  # copied into the bucket as it comes
+        # On its way to the host a gradient of ZeRO-2 passes through a buffer of the largest tensor's size.
+        at_loss = in_layer = e * largest_tensor(model, strategy, setup) if strategy.offload else 0
 
     per_layer = layer_activations(model, strategy, setup)
     kept = model.layers * (e * model.hidden * tokens if setup.checkpointing else per_layer)
@@ -320,14 +321,35 @@ def sharded(model: Model, strategy: Strategy, setup: Setup, trained: float, proc
     # What is there from the start: ZeRO-3 has one buffer for the gradients' shards and never frees it.
     accumulated = gradients if setup.accumulation > 1 or strategy.kind == "zero3" else 0
     states = {"weights": weights, "optimizer": optimizer}
-    moments = [
-        # The loss: everything is kept; log-softmax and two float32 gradients of the logits at once.
-        states | {"gradients": accumulated, "activations": kept + last, "logits": logits_bytes(model, setup),
-                  "buffers": gathered - (layer if strategy.kind == "fsdp" else 0)},
+    moments = []
+    if strategy.kind == "zero3":
+        matrix = e * max(inputs * outputs for inputs, outputs in model.linears)
+        ahead, again, share = prefetched(model, strategy, setup)
+        copied = setup.on_cpu * head  # gloo gathers into a buffer of its own
+        if processes == 1 and (setup.on_cpu or not strategy.offload):
+            head = matrix = layer = ahead = again = copied = 0  # alone it has every matrix, unless the host has it
+        at_loss, in_layer = again + head, again + matrix
+        moments = [
+            # In the forward, with most on its way; the head before its backward, and when its gradient is reduced.
+            {"activations": share * kept, "buffers": ahead + copied},
+            {"activations": kept + last, "buffers": again + head + copied + head_gradient},
+            {"activations": kept + last, "buffers": again + head + head_gradient + reduced},
+        ]
+        if strategy.adapter and setup.checkpointing:
+            # A layer's frozen weights, gathered to recompute it, are released only in its backward.
+            moments.append({"activations": kept + recomputed, "buffers": again + layer})
+        moments = [states | {"gradients": accumulated, "logits": 0} | moment for moment in moments]
+        # A layer's backward: its matrices' gradients are reduced one by one, and the head's is gone.
+        head_gradient, layer_gradient = 0, 0 if strategy.adapter else matrix
+        reduced = head_reduced = 2 * bucket + (1 + setup.on_cpu) * layer_gradient
+    moments += [
+        # The loss: everything is kept.
+        states | {"gradients": accumulated, "activations": kept + last, "logits": logits_bytes(model, strategy, setup),
+                  "buffers": at_loss},
         # The end of the backward: the layers' gradients are shards, those of embedding and head become so.
         states | {"gradients": gradients - root_shard, "activations": 0, "logits": 0,
-                  "buffers": gathered - fetched + root_gradient + root_reduced},
-        states | {"gradients": gradients + gradient_copy, "activations": 0, "logits": 0, "buffers": gathered - fetched},
+                  "buffers": after + root_gradient + root_reduced},
+        states | {"gradients": gradients + gradient_copy, "activations": 0, "logits": 0, "buffers": 0},
     ]  # fmt: skip
     # The backward of a layer when `done` layers behind it are through: the head's gradient is there, what the layer
     # kept or recomputes, the gradients within its MLP, and the gradient of the layer before, which is being reduced.
@@ -337,18 +359,12 @@ def sharded(model: Model, strategy: Strategy, setup: Setup, trained: float, proc
         so_far = max(accumulated, (gradients - root_shard) * done / model.layers)
         within = {
             "activations": left + recomputed + transient,
-            "buffers": gathered + head_gradient + reduced * (done > 0 or strategy.kind != "fsdp"),
+            "buffers": in_layer + head_gradient + (reduced if done else head_reduced),
         }
         # Its end: its own gradient is there, and still half of what was recomputed.
         left = kept * (model.layers - done - 1) / model.layers
-        end = {"activations": left + recomputed / 2, "buffers": gathered + head_gradient + layer_gradient + reduced}
+        end = {"activations": left + recomputed / 2, "buffers": in_layer + head_gradient + layer_gradient + reduced}
         moments += [states | {"gradients": so_far, "logits": 0} | moment for moment in (within, end)]
-    if strategy.kind == "zero3" and strategy.adapter and not is_whole:
-        # Early in the forward. DeepSpeed prefetches a bucket at each submodule (partitioned_param_coordinator.py), and
-        # an adapter makes five of each linear layer, so it runs ahead until stage3_max_live_parameters (1e9) are whole.
-        ahead = e * min(1e9, model.layers * model.layer_params + model.vocab * model.hidden)
-        moments.append(states | {"gradients": accumulated, "activations": kept / model.layers, "logits": 0,
-                                 "buffers": gathered + ahead})  # fmt: skip
     parts = max(moments, key=lambda moment: sum(moment.values()))
     return parts | {"total": sum(parts.values()), "states": weights + gradients + gradient_copy + optimizer}
 
@@ -360,10 +376,52 @@ def largest_tensor(model: Model, strategy: Strategy, setup: Setup) -> int:
     return max(model.vocab * model.hidden, *(inputs * outputs for inputs, outputs in model.linears))
 
 
-def logits_bytes(model: Model, setup: Setup) -> float:
-    """Log-softmax, its gradient and that of the loss, all float32: the worst moment of the cross entropy."""
-    targets = setup.tokens * (setup.target_share if setup.padding_free else 1)
-    return 3 * 4 * model.vocab * targets
+def prefetched(model: Model, strategy: Strategy, setup: Setup) -> tuple[float, float, float]:
+    """What ZeRO-3 has gathered ahead of its use, as DeepSpeed's partitioned_param_coordinator.py does it.
+
+    At each submodule it prefetches one more bucket: h^2 parameters, or one larger matrix, in the order in which forward
+    and backward use them. A layer has 13 submodules, four more for each adapter, but at most seven buckets: all layers
+    are on their way when only a share has been computed and released. That share is then gathered again for its
+    backward, and lies there until the backward comes to it. stage3_max_live_parameters stops it, one matrix too late.
+
+    Without joined rows nothing is released before its backward, unless that is further than stage3_max_reuse_distance.
+    With joined rows it is, because DeepSpeed's cache of what to release is filled by the forwards, without a backward,
+    of check_document_attention.
+
+    Returns:
+        bytes at most, in the forward; bytes at its end; the share of the forward that is done when they are most.
+    """
+    e, live = setup.compute_bytes, 1e9  # of both settings
+    layers, matrix = model.layers * model.layer_params, model.vocab * model.hidden
+    share = sum(min(1, inputs * outputs / model.hidden**2) for inputs, outputs in model.linears)
+    share /= 13 + 4 * len(model.linears) * strategy.adapter
+    # The embedding comes again where its backward needs it: to train it, or to give checkpointing its start.
+    embedding = matrix * (not strategy.adapter or setup.checkpointing)
+    # While the first layers come again, `share` of as many are computed and released.
+    most, again = (1 - share**2) * layers, max(share * layers, layers - live) + embedding
+    if not setup.padding_free:
+        most, again = layers, layers + embedding
+    most += matrix + (0 if model.tied else embedding)
+    return e * min(live + matrix, most), e * min(live, again), share + share**2
+
+
+def logits_bytes(model: Model, strategy: Strategy, setup: Setup) -> float:
+    """What the loss holds besides its input."""
+    if not setup.padding_free:
+        # Log-softmax, its gradient and that of the loss, all float32: the worst moment of the cross entropy.
+        return 3 * 4 * model.vocab * setup.tokens
+    # ChunkedCrossEntropy: a chunk's logits and their log-softmax in float32; the gradient of the input for all targets.
+    e, targets = setup.compute_bytes, setup.tokens * setup.target_share
+    chunk, copied = min(targets, TARGETS_AT_ONCE), e * (e < 4)
+    logits = 8 * model.vocab * chunk
+    if not strategy.adapter:
+        # The gradient of the weight, float32, and that of a chunk in the compute precision, if that is another one:
+        # beside the chunk's gradient of the logits, which are its log-softmax, overwritten, and a copy. To add one
+        # precision to another, a CPU makes a copy.
+        head = model.vocab * model.hidden
+        added = (copied + 4 * setup.on_cpu * (e < 4)) * head
+        logits = 4 * head + max(logits, (4 + copied) * model.vocab * chunk + added)
+    return logits + e * model.hidden * targets
 
 
 def pipeline_device(model: Model, strategy: Strategy, setup: Setup, trained: float, device: int) -> dict[str, float]:
@@ -395,9 +453,9 @@ def pipeline_device(model: Model, strategy: Strategy, setup: Setup, trained: flo
     # In the backward of the last layer: the gradients within its MLP and, if it is recomputed, autocast's copies again.
     transient = 3 * e * model.intermediate * tokens
     copies_in_layer = e * model.layer_params * (e == 2 and setup.checkpointing and not strategy.adapter)
+    logits = is_last * logits_bytes(model, strategy, setup)
     moments = [
-        states | {"gradients": accumulated, "activations": kept + last, "logits": is_last * logits_bytes(model, setup),
-                  "buffers": copies_at_loss},
+        states | {"gradients": accumulated, "activations": kept + last, "logits": logits, "buffers": copies_at_loss},
         states | {"gradients": max(accumulated, is_last * 4 * head * (not strategy.adapter)), "logits": 0,
                   "activations": kept + recomputed + transient, "buffers": copies_at_loss + copies_in_layer},
         states | {"gradients": gradients, "activations": 0, "logits": 0, "buffers": 0},
@@ -716,6 +774,12 @@ def simulate(model: Model, strategy: Strategy, setup: Setup) -> dict[str, float]
             for module in skeleton.modules():
                 if type(module).__name__ == "LlamaDecoderLayer":
                     fully_shard(module, **policy)
+            # As accelerate does it.
+            embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+            norm = next(module for name, module in skeleton.named_modules() if name.endswith("model.norm"))
+            fully_shard([norm, embedding, head] if model.tied else [norm, head], reshard_after_forward=False, **policy)
+            if not model.tied:
+                fully_shard(embedding, **policy)
             fully_shard(skeleton, **policy)
         trainable = [parameter for parameter in skeleton.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=1e-3, fused=True)
@@ -774,17 +838,17 @@ def measure(output: str, script: str, flags: list[str]) -> None:
 
     live: bytes of all tensors that Python can reach when the optimizer is about to update; these are weights, gradients
     and moments, because what autograd keeps is out of Python's reach.
-    rise: by how much the process's resident memory at its highest exceeds what it was before the model was loaded.
+    rise: the process's resident memory at its highest, less what it holds besides tensors (libraries, Python's objects,
+    the buffers of MKL's matrix products), which is its resident memory less `live` at that update.
     """
     import gc
     import runpy
 
     import torch
     import torch.distributed as dist
-    import transformers
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-    found = {"live": 0, "rise": 0, "backwards": 0}
+    found = {"live": 0, "besides": 0, "rise": 0, "backwards": 0}
 
     def resident(name: str) -> int:
         status = Path("/proc/self/status").read_text()
@@ -801,22 +865,17 @@ def measure(output: str, script: str, flags: list[str]) -> None:
         return sum(storages.values())
 
     def before_update(*_) -> None:
-        if found["backwards"] == 3:
-            found["live"] = max(found["live"], live_bytes())
+        if found["backwards"] == 3 and (live := live_bytes()) > found["live"]:
+            found["live"], found["besides"] = live, resident("VmRSS") - live
 
-    load, backward = transformers.AutoModelForCausalLM.from_pretrained, torch.Tensor.backward
-
-    def from_pretrained(*args, **kwargs):
-        gc.collect()
-        found.setdefault("before", resident("VmRSS"))
-        return load(*args, **kwargs)
+    backward = torch.Tensor.backward
 
     def counted_backward(*args, **kwargs):
         found["backwards"] += 1
         if found["backwards"] == 3:
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
         if found["backwards"] == 4:
-            found["rise"] = resident("VmHWM") - found["before"]
+            found["rise"] = resident("VmHWM") - found["besides"]
             rank = dist.get_rank() if dist.is_initialized() else 0
             Path(f"{output}.{rank}").write_text(json.dumps(found))
             if dist.is_initialized():
@@ -824,7 +883,6 @@ def measure(output: str, script: str, flags: list[str]) -> None:
             os._exit(0)
         return backward(*args, **kwargs)
 
-    transformers.AutoModelForCausalLM.from_pretrained = from_pretrained
     torch.Tensor.backward = counted_backward
     register_optimizer_step_pre_hook(before_update)
     sys.argv = [script, *flags]
@@ -919,7 +977,7 @@ def validate(extent: str) -> bool:
                   f"{case['predicted_live'] / 2**20:>9.0f}{errors[0]:>+8.1%}{case['rise'] / 2**20:>10.0f}"
                   f"{case['predicted_rise'] / 2**20:>9.0f}{errors[1]:>+8.1%}{'' if within else '  <'}",
                   flush=True)  # fmt: skip
-    print("states: weights, gradients, optimizer (within 10 %); peak: rise of the resident memory (within 15 %)")
+    print("states: weights, gradients, optimizer (within 10 %); peak: resident memory without what is no tensor (15 %)")
     return all_within
 
 

@@ -553,6 +553,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad_logits.T, chunk)
             elif grad_weight is not None:
                 grad_weight += grad_logits.T @ chunk
+            del log_softmax, grad_logits  # else they would lie beside the next chunk's
         ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         return loss
 

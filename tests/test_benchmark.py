@@ -65,6 +65,9 @@ def test_a_missing_environment_is_an_error_with_its_command(args, monkeypatch, t
     assert "--peers trainer: no environment .venv-peers/trl; bash tools/install_peers.sh trl\n" in str(mistakes.value)
     assert ".venv-peers/torchtune; bash tools/install_peers.sh torchtune" in str(mistakes.value)
     assert "--peers nobody: choose from ours-packing, trl," in str(mistakes.value)
+    args.peers, args.checkpointing = "litgpt", "on"
+    with pytest.raises(ValueError, match="--checkpointing on: LitGPT .*leave litgpt out"):
+        benchmark.check_arguments(args)
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@
 Each system is a process of its own, started in turn, --rounds times, so that what else the machine does falls on all
 alike. All have the same model in float32, the same threads, LoRA of rank 8 on all linear layers or full fine-tuning,
 without dropout (the default of PEFT, LLaMA-Factory and torchtune), --batch_size rows of at most
---max_length tokens a step and no gradient checkpointing; with --checkpointing own, TRL and LLaMA-Factory recompute
-activations, as they do by themselves, and the others do not. All other settings are those that the system has by
-itself; tools/benchmark_peers.py shows each start.
+--max_length tokens a step and no gradient checkpointing. With --checkpointing own, TRL and LLaMA-Factory recompute
+activations, as they do by themselves, and the others do not; with --checkpointing on, all do. All other settings are
+those that the system has by itself; tools/benchmark_peers.py shows each start.
 
 The rows: tokenize_dataset.py makes ours, and their ids decoded, prompt and completion, are the text that the peers get;
 the loss is on the completion. Systems without packing train on the same first steps x batch_size rows, each in its own
@@ -82,7 +82,7 @@ class Arguments:
     max_length: int = field(default=512, metadata={"help": "most tokens of a row; longer ones are left out for all"})
     lora_dropout: float = field(default=0.0, metadata={"help": "of all systems; our scripts have 0.05 by default"})
     checkpointing: str = field(
-        default="off", metadata={"help": "gradient checkpointing: off, for all | own, as it comes"}
+        default="off", metadata={"help": "gradient checkpointing: off | on, for all; own: as it comes"}
     )
     return_memory: bool = field(
         default=False, metadata={"help": "the allocator gives freed memory back at once: peaks are what is held"}
@@ -120,11 +120,13 @@ def check_arguments(args: Arguments) -> list[str]:
             mistakes.append(f"--peers {name}: no environment .venv-peers/{peer}; bash tools/install_peers.sh {peer}")
     for name, choices in {
         "mode": ["lora", "full"],
-        "checkpointing": ["off", "own"],
+        "checkpointing": ["off", "on", "own"],
         "format": ["alpaca", "mcq", "chat"],
     }.items():
         if getattr(args, name) not in choices:
             mistakes.append(f"--{name} {getattr(args, name)}: choose from {', '.join(choices)}")
+    if args.checkpointing == "on" and "litgpt" in peers:
+        mistakes.append("--checkpointing on: LitGPT has it for several devices only; leave litgpt out of --peers")
     if args.steps < 2:
         mistakes.append(f"--steps {args.steps}: at least 2, since the first is not measured")
     for name in ("rounds", "batch_size", "threads"):

@@ -90,7 +90,7 @@ def start_ours(run: dict) -> None:
     sys.modules["bitsandbytes"] = None
     flags = ["--model_path", run["model"], "--dataset_path", run["tokenized"], "--output_dir", run["output"]]
     flags += ["--per_device_train_batch_size", run["batch_size"], "--max_steps", run["steps"], "--use_cpu", "True"]
-    flags += ["--bf16", "False"]
+    flags += ["--bf16", "False", "--gradient_checkpointing", run["checkpointing"] == "on"]
     if run["mode"] == "lora":
         flags += ["--lora_rank", 8, "--lora_alpha", 16, "--lora_dropout", run["dropout"]]
     run_script(ROOT / ("finetune_pp_peft.py" if run["mode"] == "lora" else "finetune_pp.py"), *flags)
@@ -117,7 +117,7 @@ def start_trl(run: dict) -> None:
         bf16=False,
         use_cpu=True,
         report_to="none",
-        **({} if run.get("checkpointing") == "own" else {"gradient_checkpointing": False}),
+        **({"gradient_checkpointing": False} if run["checkpointing"] == "off" else {}),
     )
     rows = Dataset.from_list([{name: row[name] for name in ("prompt", "completion")} for row in read_rows(run)])
     peft_config = lora_config(run) if run["mode"] == "lora" else None
@@ -149,6 +149,7 @@ def start_trainer(run: dict) -> None:
         max_steps=run["steps"],
         use_cpu=True,
         report_to="none",
+        gradient_checkpointing=run["checkpointing"] == "on",
     )
     model = get_peft_model(model, lora_config(run)) if run["mode"] == "lora" else model
     Trainer(model, args, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer)).train()
@@ -181,7 +182,7 @@ def start_llamafactory(run: dict) -> None:
         "per_device_train_batch_size": run["batch_size"],
         "max_steps": run["steps"],
         "output_dir": str(Path(run["output"]) / "run"),
-        "disable_gradient_checkpointing": run.get("checkpointing") != "own",
+        "disable_gradient_checkpointing": run["checkpointing"] == "off",
         "bf16": False,
         "use_cpu": True,
         "report_to": "none",
@@ -278,7 +279,7 @@ def start_torchtune(run: dict) -> None:
         "log_peak_memory_stats": False,
         "device": "cpu",
         "dtype": "fp32",
-        "enable_activation_checkpointing": False,
+        "enable_activation_checkpointing": run["checkpointing"] == "on",
         "enable_activation_offloading": False,
     }
     if not is_lora:

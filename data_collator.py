@@ -7,8 +7,8 @@ It is shared because a mistake here would be wrong in every strategy at once. Th
 
 A token attends to its own document only. transformers finds the documents by `position_ids` that restart at 0, but only
 when no `attention_mask` and no cache are passed: always call the model with `use_cache=False`. Instead of a mask over
-the whole row, attend_by_document lets the layers compute one document after the other. Logits exist for a few hundred
-targets at a time only: compute_loss_in_head lets the output layer compute the loss, chunk by chunk.
+the whole row, attend_by_document lets the layers compute one document after the other. In padding-free batches logits
+exist for a few hundred targets at a time: compute_loss_in_head lets the output layer compute the loss, chunk by chunk.
 
 What must be the same in every strategy's output folder stands here, too: what makes a checkpoint whole, whether it
 belongs to the same order of rows, and the receipt of a run.
@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
@@ -47,8 +47,9 @@ SETTINGS += ("num_virtual_tokens", "mapping_hidden_dim", "learning_rate", "lr_sc
 SETTINGS += ("weight_decay", "max_grad_norm", "load_in_4bit", "lora_used", "deepspeed", "world_size")
 LEAST = {"warmup_steps": 0, "weight_decay": 0, "lora_dropout": 0, "mapping_hidden_dim": 0, "seed": 0, "max_steps": -1}
 FILLER = -1  # the index of a row without target, which completes the last optimizer step of an epoch
-TARGETS_AT_ONCE = 512  # whose logits exist together: 0.1 GB for 49,152 ids, where 4 x 512 targets have 0.4 GB
-# transformers' code where nothing happens to the logits between the output layer and the loss.
+TARGETS_AT_ONCE = 512  # their logits, float32, of 49,152 ids: 0.1 GB
+# transformers' code where nothing happens to the logits between the output layer and the loss; another code gets all
+# logits at once. Its versions are pinned, and a test names the models that match.
 HEAD_THEN_LOSS = r"lm_head\(hidden_states\)\s+loss = None\s+if labels is not None:\s+(#.*\s+)?loss = self.loss_function"
 
 
@@ -544,11 +545,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             chunk, ids = hidden[taken], targets[taken, None]
             log_softmax = (chunk @ weight.T).float().log_softmax(1)
             loss -= log_softmax.gather(1, ids).sum()
-            if grad_hidden is None:
+            if not any(ctx.needs_input_grad):
                 continue  # an evaluation
             grad_logits = log_softmax.exp_()
             grad_logits = grad_logits.scatter_add_(1, ids, grad_logits.new_full(ids.shape, -1.0)).to(hidden.dtype)
-            torch.mm(grad_logits, weight, out=grad_hidden[taken])
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[taken])
             if grad_weight is not None and grad_weight.dtype == weight.dtype:
                 grad_weight.addmm_(grad_logits.T, chunk)
             elif grad_weight is not None:
@@ -558,50 +560,48 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss: torch.Tensor):
-        grad_hidden, grad_weight = ctx.gradients
+        gradients = ctx.gradients
         del ctx.gradients  # they are scaled in place, which can be done once
-        return grad_hidden.mul_(grad_loss), None if grad_weight is None else grad_weight.mul_(grad_loss), None
+        return *(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients), None
 
 
-def summed_loss(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
-    """The loss of the logits `head(hidden)`: in chunks, unless the layer is more than a matrix, as with an adapter.
-
-    Args:
-        hidden: [targets, size]; targets: their ids [targets].
-    """
-    if type(head) is not torch.nn.Linear or head.bias is not None:
-        return cross_entropy(head(hidden).float(), targets, reduction="sum")
-    device, weight = hidden.device.type, head.weight
+def summed_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """ChunkedCrossEntropy in autocast's precision where that is on, and without gradients where none are recorded."""
+    device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden, weight = (part.to(torch.get_autocast_dtype(device)) for part in (hidden, weight))
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():  # needs_input_grad only says what may have a gradient
         hidden, weight = hidden.detach(), weight.detach()
-    with torch.autocast(device, enabled=False):
+    assert len(hidden) == len(targets)  # gather would pair them silently
+    with torch.autocast(device, enabled=False):  # its float32 parts stay float32
         return ChunkedCrossEntropy.apply(hidden, weight, targets.to(hidden.device))
 
 
 def compute_loss_in_head(model: torch.nn.Module, args: dict) -> None:
-    """Lets the output layer of `model` return the summed loss of `shift_labels` in the place of logits.
+    """Lets the output layer of `model` return the summed loss of `shift_labels`; `logits` of the output are that, too.
 
-    It has to be the layer itself: under FSDP2 and ZeRO-3 its weight is whole only while it runs. Models that do more
-    with logits than that are left as they are, and so are batches without `shift_labels`.
+    It has to be the layer itself: FSDP2 and ZeRO-3 do not have its weight whole at other times. A model that does more
+    with logits is left as it is, with all logits at once, and so are batches without `shift_labels`, and torch.compile.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head, text = model.get_output_embeddings(), inspect.getsource(type(model).forward)
-    is_plain = type(head) is torch.nn.Linear and head.bias is None and re.search(HEAD_THEN_LOSS, text)
-    if not is_plain or args["torch_compile"]:
+    head = model.get_output_embeddings()
+    # Not by its type: FSDP2 makes a class of its own of the layer. An adapter's or a 4-bit layer has another forward.
+    is_plain = type(head).forward is torch.nn.Linear.forward and head.bias is None
+    if args["torch_compile"] or not is_plain or not re.search(HEAD_THEN_LOSS, inspect.getsource(type(model).forward)):
         return
     # accelerate's hook, which moves inputs to the layer's device, keeps the layer's own forward under another name.
     name = "_old_forward" if hasattr(head, "_old_forward") else "forward"
-    targets, plain_forward, plain_loss = None, getattr(head, name), model.loss_function
+    plain_forward, plain_loss = getattr(head, name), model.loss_function
+    targets = None  # of the forward that is going on: the layer is called with hidden states only
 
     def remember_targets(module, inputs, kwargs):
         nonlocal targets
         targets = kwargs.get("shift_labels")
 
     def forward(hidden):
-        return plain_forward(hidden) if targets is None else summed_loss(hidden[0], head, targets[0])
+        return plain_forward(hidden) if targets is None else summed_loss(hidden[0], head.weight, targets[0])
 
     def loss_function(logits, *args, num_items_in_batch=None, shift_labels=None, **kwargs):
         if shift_labels is None:

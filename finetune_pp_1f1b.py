@@ -227,7 +227,8 @@ class Stage:
             if not self.is_last:
                 return hidden
             has_target = labels[:, 1:] != IGNORE_INDEX  # the head, as large as several layers, sees no other position
-            return data_collator.summed_loss(hidden[:, :-1][has_target], self.lm_head, labels[:, 1:][has_target])
+            logits = self.lm_head(hidden[:, :-1][has_target]).float()
+            return torch.nn.functional.cross_entropy(logits, labels[:, 1:][has_target], reduction="sum")
 
 
 def load_stage(args: Arguments, config, sampler: RowSampler, device: torch.device):

@@ -16,7 +16,7 @@ TRAINING = [*PLAIN, *TRAINERS, PIPELINE]
 SCRIPTS = [*TRAINING, "test_sample.py"]
 LIMITS = dict.fromkeys(PLAIN, 300) | dict.fromkeys(TRAINERS, 220) | {PIPELINE: 350}
 # Its limit was 220 until it took in what the Trainer scripts do alike, mixes, passages, attention and the loss.
-LIMITS["data_collator.py"] = 498
+LIMITS["data_collator.py"] = 500
 
 # The one table of defaults for every training script; None where the scripts differ on purpose.
 DEFAULTS = {

@@ -466,6 +466,26 @@ def test_parameters_are_sharded_for_real(strategy, runs, tmp_path):
             assert facts["types"] == ["DTensor"] and facts["layers"] == [True, True]
 
 
+def probe_loss(module, folder) -> None:
+    """Reports how often the loss came in chunks: once for each micro-batch, if the output layer computed it."""
+    apply, calls = data_collator.ChunkedCrossEntropy.apply, []
+
+    def counted(hidden, weight, targets):
+        calls.append(list(weight.shape))
+        report(folder, calls=calls)
+        return apply(hidden, weight, targets)
+
+    data_collator.ChunkedCrossEntropy.apply = counted
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_loss_comes_in_chunks_in_every_strategy(strategy, runs, tmp_path):
+    """FSDP2 changes the class of the output layer, ZeRO-3 has its weight only while it runs: it is whole there."""
+    num_ranks, flags = 1 if "plain" in strategy else 2, ["--max_steps", 2, "--gradient_accumulation_steps", 2]
+    runs.train(strategy, num_ranks, tmp_path / "out", *flags, probe=(probe_loss, tmp_path))
+    assert [facts["calls"] for facts in facts_of(tmp_path)] == [[[300, 32]] * 4] * num_ranks
+
+
 def probe_fallback(module) -> None:
     """Makes accelerate do what it does on a CPU by itself: DDP instead of FSDP."""
     original = module.make_training_arguments

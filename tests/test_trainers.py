@@ -478,7 +478,7 @@ def probe_loss(module, folder) -> None:
     data_collator.ChunkedCrossEntropy.apply = counted
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*TRAINERS, "plain", "plain PEFT"])
 def test_the_loss_comes_in_chunks_in_every_strategy(strategy, runs, tmp_path):
     """FSDP2 changes the class of the output layer, ZeRO-3 has its weight only while it runs: it is whole there."""
     num_ranks, flags = 1 if "plain" in strategy else 2, ["--max_steps", 2, "--gradient_accumulation_steps", 2]

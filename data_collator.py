@@ -27,9 +27,11 @@ import subprocess
 import sys
 import time
 from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import lru_cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,9 @@ SETTINGS += ("num_virtual_tokens", "mapping_hidden_dim", "learning_rate", "lr_sc
 SETTINGS += ("weight_decay", "max_grad_norm", "load_in_4bit", "lora_used", "deepspeed", "world_size")
 LEAST = {"warmup_steps": 0, "weight_decay": 0, "lora_dropout": 0, "mapping_hidden_dim": 0, "seed": 0, "max_steps": -1}
 FILLER = -1  # the index of a row without target, which completes the last optimizer step of an epoch
+# Attention by kernels that have no backward on a CPU, and their package; torch itself has flex_attention's.
+FROM_KERNELS = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flex_attention": None}
+ATTENTION = "|".join(["auto", "sdpa", "eager", *FROM_KERNELS])  # what --attn_implementation can be
 TARGETS_AT_ONCE = 512  # their logits, float32, of 49,152 ids: 0.1 GB
 # transformers' code where nothing happens to the logits between the output layer and the loss; another code gets all
 # logits at once. Its versions are pinned, and a test names the models that match.
@@ -73,6 +78,13 @@ def find_mistakes(args) -> list[str]:
     num_processes, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if num_processes > max(1, num_gpus) and not args.use_cpu:
         mistakes.append(f"--use_cpu False: {num_processes} processes need as many GPUs, and there are {num_gpus}")
+    attention = args.attn_implementation
+    needs = {"a GPU": num_gpus > 0 and not args.use_cpu} if attention in FROM_KERNELS else {}
+    if package := FROM_KERNELS.get(attention):
+        # FlashAttention computes in no other precision; transformers finds documents for it in a single row only.
+        needs |= {"bf16": args.bf16 != "False", "--padding_free True": args.padding_free, package: find_spec(package)}
+    if missing := [need for need, is_there in needs.items() if not is_there]:
+        mistakes.append(f"--attn_implementation {attention}: it lacks {', '.join(missing)}; auto runs anywhere")
     return mistakes
 
 
@@ -630,7 +642,9 @@ def check_document_attention(model: torch.nn.Module, vocab_size: int) -> None:
     for first_document in ([0, 1, 2, 3], [1, 2, 3, 4]):
         input_ids = torch.tensor([first_document + [4, 5, 6, 7]], device=device) % vocab_size
         positions = torch.tensor([[0, 1, 2, 3] * 2], device=device)
-        logits += [model(input_ids=input_ids, position_ids=positions, use_cache=False).logits]
+        # FlashAttention refuses float32, which training does not give it either.
+        with torch.autocast(device.type, torch.bfloat16, enabled="flash" in model.config._attn_implementation):
+            logits += [model(input_ids=input_ids, position_ids=positions, use_cache=False).logits]
     model.train(was_training)
     if torch.equal(logits[0][:, :4], logits[1][:, :4]) or not torch.equal(logits[0][:, 4:], logits[1][:, 4:]):
         raise ValueError("the attention of this model crosses documents in one row; choose another "
@@ -666,7 +680,9 @@ def sha256(path: Path) -> str:
 def complete_checkpoint(folder: Path, sampler: RowSampler) -> None:
     """Writes complete.json, which makes a checkpoint valid, and deletes what is older than the newest complete ones."""
     paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()}
+    with ThreadPoolExecutor() as pool:  # large files hashed at once
+        hashes = dict(zip(paths, pool.map(sha256, paths.values()), strict=True))
+    files = {name: {"bytes": path.stat().st_size, "sha256": hashes[name]} for name, path in paths.items()}
     os.sync()  # a power cut must not leave complete.json beside files that never reached the disk
     (folder / "complete.tmp").write_text(json.dumps({"identity": sampler.identity, "files": files}, indent=2))
     os.replace(folder / "complete.tmp", folder / "complete.json")

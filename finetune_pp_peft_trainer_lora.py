@@ -72,7 +72,7 @@ class Arguments:
     bf16: str = flag("auto", "compute in bf16; auto: where the hardware is fast at it", "auto|True|False")
     padding_free: bool = flag(True, "join the rows of a batch instead of padding them")
     gradient_checkpointing: bool = flag(False, "recompute activations: a third more work, much less memory")
-    attn_implementation: str = flag("auto", "how attention is computed; auto: document by document", "auto|sdpa|eager")
+    attn_implementation: str = flag("auto", "kernel of attention; auto: document by document", data_collator.ATTENTION)
     torch_compile: bool = flag(False, "compile the model: minutes at first, then faster steps")
     resume_from_checkpoint: str = flag("False", "True: the newest complete one in output_dir; or a checkpoint folder")
     use_cpu: bool = flag(False, "leave the GPUs alone")

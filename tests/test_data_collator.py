@@ -805,6 +805,47 @@ def test_the_attention_check_finds_a_model_that_ignores_its_input(tiny_model, de
     assert model.training
 
 
+def test_flash_attention_gets_the_documents_in_its_own_precision(tiny_model, monkeypatch):
+    """transformers' whole way to FlashAttention, with its kernel alone replaced, which needs a GPU.
+
+    The replacement takes what the kernel takes, [tokens, heads, size] and the borders of the documents, and refuses
+    float32 as it does.
+    """
+    flash, borders = transformers.modeling_flash_attention_utils, []
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
+    ):
+        assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == cu_seqlens_q.diff().max()
+        if q.dtype != torch.bfloat16:
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        borders.append(cu_seqlens_q.tolist())
+        lengths = cu_seqlens_q.diff().tolist()
+        documents = zip(*(states.transpose(0, 1)[None].split(lengths, 2) for states in (q, k, v)), strict=True)
+        settings = {"is_causal": True, "enable_gqa": True, "scale": softmax_scale}
+        outputs = [torch.nn.functional.scaled_dot_product_attention(*states, **settings) for states in documents]
+        return torch.cat(outputs, 2)[0].transpose(0, 1)
+
+    functions = (None, flash_attn_varlen_func, None, flash._pad_input, flash._unpad_input)
+    process = (flash._lazy_define_process_function(flash_attn_varlen_func), None)
+    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *args, **kwargs: (functions, process))
+    rows, results = [{n: torch.tensor(ids) for n, ids in row.items()} for row in random_rows(3)], []
+    batch = DataCollator(padding_free=True)(rows)
+    for kernel in ("auto", "flash_attention_2"):
+        model = load(tiny_model, "documents" if kernel == "auto" else "sdpa")
+        if kernel != "auto":
+            model.config._attn_implementation_internal = kernel  # setting it in the usual way wants the package
+        check_document_attention(model, 300)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch, num_items_in_batch=5, use_cache=False).loss
+        loss.backward()
+        results.append([loss.detach()] + [parameter.grad for parameter in model.parameters()])
+    assert borders[-1] == [0, *np.cumsum([len(row["input_ids"]) for row in rows])]
+    assert all((a - b).norm() <= 0.03 * a.norm() for a, b in zip(*results, strict=True))
+    with pytest.raises(RuntimeError, match="FlashAttention only"):
+        model(**batch, use_cache=False)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("padding_free", [False, True])
 def test_fillers_alone_give_loss_zero_and_a_valid_backward(tiny_model, tmp_path, padding_free, packed):

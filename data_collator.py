@@ -31,7 +31,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import lru_cache
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +48,8 @@ SETTINGS += ("num_virtual_tokens", "mapping_hidden_dim", "learning_rate", "lr_sc
 SETTINGS += ("weight_decay", "max_grad_norm", "load_in_4bit", "lora_used", "deepspeed", "world_size")
 LEAST = {"warmup_steps": 0, "weight_decay": 0, "lora_dropout": 0, "mapping_hidden_dim": 0, "seed": 0, "max_steps": -1}
 FILLER = -1  # the index of a row without target, which completes the last optimizer step of an epoch
-# Attention by kernels that have no backward on a CPU, and their package; torch itself has flex_attention's.
-FROM_KERNELS = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flex_attention": None}
-ATTENTION = "|".join(["auto", "sdpa", "eager", *FROM_KERNELS])  # what --attn_implementation can be
+FLASH = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}  # the packages
+ATTENTION = "|".join(["auto", "sdpa", "eager", *FLASH, "flex_attention"])  # what --attn_implementation can be
 TARGETS_AT_ONCE = 512  # their logits, float32, of 49,152 ids: 0.1 GB
 # transformers' code where nothing happens to the logits between the output layer and the loss; another code gets all
 # logits at once. Its versions are pinned, and a test names the models that match.
@@ -78,13 +76,20 @@ def find_mistakes(args) -> list[str]:
     num_processes, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if num_processes > max(1, num_gpus) and not args.use_cpu:
         mistakes.append(f"--use_cpu False: {num_processes} processes need as many GPUs, and there are {num_gpus}")
-    attention = args.attn_implementation
-    needs = {"a GPU": num_gpus > 0 and not args.use_cpu} if attention in FROM_KERNELS else {}
-    if package := FROM_KERNELS.get(attention):
-        # FlashAttention computes in no other precision; transformers finds documents for it in a single row only.
-        needs |= {"bf16": args.bf16 != "False", "--padding_free True": args.padding_free, package: find_spec(package)}
-    if missing := [need for need, is_there in needs.items() if not is_there]:
-        mistakes.append(f"--attn_implementation {attention}: it lacks {', '.join(missing)}; auto runs anywhere")
+    attention, lacks = args.attn_implementation, None
+    if attention in ("flex_attention", *FLASH) and (args.use_cpu or num_gpus == 0):
+        lacks = "a GPU"
+    elif attention == "flex_attention" and num_gpus > num_processes:
+        lacks = "a process for each GPU, since its mask cannot follow the layers to another (CUDA_VISIBLE_DEVICES=0)"
+    elif attention in FLASH:
+        from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+        is_there = is_flash_attn_2_available() if attention[-1] == "2" else is_flash_attn_3_available()
+        # It computes in no other precision, and transformers finds documents for it in a single row only.
+        if not (is_there and use_bf16(args.bf16, False) and args.padding_free):
+            lacks = f"the package {FLASH[attention]}, bf16 or --padding_free True"
+    if lacks:
+        mistakes.append(f"--attn_implementation {attention} lacks {lacks}; auto runs anywhere")
     return mistakes
 
 
@@ -686,6 +691,7 @@ def complete_checkpoint(folder: Path, sampler: RowSampler) -> None:
     os.sync()  # a power cut must not leave complete.json beside files that never reached the disk
     (folder / "complete.tmp").write_text(json.dumps({"identity": sampler.identity, "files": files}, indent=2))
     os.replace(folder / "complete.tmp", folder / "complete.json")
+    os.sync()  # nor delete the older checkpoints before this one is there
     checkpoints = list_checkpoints(folder.parent)
     kept = [path for path in checkpoints if (path / "complete.json").is_file()][: sampler.settings["save_total_limit"]]
     for outdated in checkpoints[checkpoints.index(kept[-1]) + 1 :]:

@@ -290,11 +290,12 @@ def train(args: Arguments, model, tokenizer, sampler, eval_dataset, checkpoint, 
         # One division by the targets of the whole optimizer step: every target token weighs the same, however the
         # step is cut into micro-batches.
         targets = sum(data_collator.num_targets(batch) for batch in micro_batches)
-        loss = 0.0
+        losses = []
         for batch in micro_batches:
             micro_loss = forward(model, batch, device, bf16, targets)
             micro_loss.backward()
-            loss += micro_loss.item()  # waits for the device, as the update after the last one would
+            losses.append(micro_loss.detach())
+        loss = sum(micro_loss.item() for micro_loss in losses)  # once a step: it waits for the device
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm).item()
         if not math.isfinite(loss + grad_norm):
             sys.exit(f"error: step {step + 1} has loss {loss} and gradient norm {grad_norm}; the weights were not "

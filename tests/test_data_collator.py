@@ -964,6 +964,20 @@ def test_no_flipped_byte_of_the_mark_makes_a_crash(tmp_path, sampler):
     assert outcomes == {"damaged", "belongs to", folder}  # the size in bytes and white space decide nothing
 
 
+def test_a_file_that_cannot_be_read_back_leaves_the_checkpoint_incomplete(tmp_path, sampler, monkeypatch):
+    older, newer = save_checkpoint(tmp_path, 1, sampler), save_checkpoint(tmp_path, 2, None)
+
+    def sha256(path: Path) -> str:
+        if path.suffix == ".safetensors":
+            raise OSError("input/output error")
+        return "0"
+
+    monkeypatch.setattr(data_collator, "sha256", sha256)
+    with pytest.raises(OSError, match="input/output"):
+        complete_checkpoint(newer, sampler)
+    assert not (newer / "complete.json").exists() and (older / "complete.json").is_file()
+
+
 def test_only_complete_checkpoints_count_for_the_limit_and_all_older_ones_go(tmp_path, sampler):
     for step in (10, 90, 105, 115):
         save_checkpoint(tmp_path, step, None)

@@ -3,11 +3,13 @@
 import ast
 import dataclasses
 import importlib
+import inspect
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT
 
 import data_collator
@@ -19,7 +21,7 @@ TRAINING = [*PLAIN, *TRAINERS, PIPELINE]
 SCRIPTS = [*TRAINING, "test_sample.py"]
 LIMITS = dict.fromkeys(PLAIN, 300) | dict.fromkeys(TRAINERS, 220) | {PIPELINE: 350}
 # Its limit was 220 until it took in what the Trainer scripts do alike, mixes, passages, attention and the loss.
-LIMITS["data_collator.py"] = 513
+LIMITS["data_collator.py"] = 519
 
 # The one table of defaults for every training script; None where the scripts differ on purpose.
 DEFAULTS = {
@@ -131,26 +133,54 @@ def test_flags_have_the_names_that_transformers_gives_them():
     assert DEFAULTS.keys() - theirs == own
 
 
+CANNOT = [
+    ("flash_attention_2", 0, True, {}, "a GPU"),
+    ("flash_attention_3", 0, True, {}, "a GPU"),
+    ("flex_attention", 0, True, {}, "a GPU"),
+    ("flash_attention_2", 1, True, {"use_cpu": True}, "a GPU"),
+    ("flash_attention_2", 1, False, {}, "the package flash-attn, bf16"),
+    ("flash_attention_3", 1, False, {}, "the package flash-attn-3, bf16"),
+    ("flash_attention_2", 1, True, {"bf16": "False"}, "bf16"),
+    ("flash_attention_2", 1, True, {"padding_free": False}, "--padding_free True"),
+    ("flex_attention", 2, True, {}, "a process for each GPU"),
+]
+CAN = [
+    ("flash_attention_2", 1),
+    ("flash_attention_3", 2),
+    ("flex_attention", 1),
+    ("auto", 0),
+    ("sdpa", 0),
+    ("eager", 0),
+]
+
+
 @pytest.mark.parametrize("name", TRAINING)
 def test_attention_that_the_machine_cannot_compute_is_refused_with_what_it_lacks(name, monkeypatch):
     arguments = importlib.import_module(name[:-3]).Arguments
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
 
-    def find_mistakes(num_gpus: int, packages: bool, kernel: str, **flags) -> list[str]:
+    def find_mistakes(kernel: str, num_gpus: int, packages: bool = True, **flags) -> list[str]:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
-        monkeypatch.setattr(data_collator, "find_spec", lambda package: packages)
+        for version in "23":
+            monkeypatch.setattr(transformers.utils, f"is_flash_attn_{version}_available", lambda: packages)
         return data_collator.find_mistakes(arguments(attn_implementation=kernel, **flags))
 
-    for kernel, package in data_collator.FROM_KERNELS.items():
-        assert find_mistakes(1, True, kernel) == []
-        (mistake,) = find_mistakes(0, True, kernel)
-        assert f"--attn_implementation {kernel}: it lacks a GPU; auto" in mistake
-        (mistake,) = find_mistakes(1, True, kernel, use_cpu=True)
-        assert "it lacks a GPU; auto" in mistake
-        if package:
-            (mistake,) = find_mistakes(1, False, kernel, bf16="False", padding_free=False)
-            assert f"it lacks bf16, --padding_free True, {package}; auto" in mistake
-    assert [find_mistakes(0, False, kernel) for kernel in ("auto", "sdpa", "eager")] == [[], [], []]
-    assert "choose from auto|" in find_mistakes(1, True, "flash")[0]
+    for kernel, num_gpus, packages, flags, lacking in CANNOT:
+        (mistake,) = find_mistakes(kernel, num_gpus, packages, **flags)
+        assert mistake.startswith(f"--attn_implementation {kernel} lacks ") and lacking in mistake
+    assert [find_mistakes(*case) for case in CAN] == [[]] * len(CAN)
+    (mistake,) = find_mistakes("flash", 0)
+    assert mistake.startswith("--attn_implementation flash: choose from auto|sdpa|eager|flash_attention_2|")
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *TRAINERS])
+def test_the_attention_that_was_asked_for_reaches_the_model(name, tiny_model):
+    script = importlib.import_module(name[:-3])
+    args = script.Arguments(model_path=str(tiny_model), attn_implementation="eager")
+    here = {"config": transformers.AutoConfig.from_pretrained(tiny_model), "devices": [torch.device("cpu")]}
+    here |= {"args": args, "checkpoint": None, "bf16": False}
+    model = script.load_model(**{name: here[name] for name in inspect.signature(script.load_model).parameters})
+    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "tools/evaluate.py", "data_sample/tokenize_dataset.py"])

@@ -76,20 +76,18 @@ def find_mistakes(args) -> list[str]:
     num_processes, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if num_processes > max(1, num_gpus) and not args.use_cpu:
         mistakes.append(f"--use_cpu False: {num_processes} processes need as many GPUs, and there are {num_gpus}")
-    attention, lacks = args.attn_implementation, None
-    if attention in ("flex_attention", *FLASH) and (args.use_cpu or num_gpus == 0):
-        lacks = "a GPU"
-    elif attention == "flex_attention" and num_gpus > num_processes:
-        lacks = "a process for each GPU, since its mask cannot follow the layers to another (CUDA_VISIBLE_DEVICES=0)"
-    elif attention in FLASH:
+    attention, on_gpu = args.attn_implementation, num_gpus > 0 and not args.use_cpu
+    if attention == "flex_attention" and not (on_gpu and num_gpus <= num_processes):
+        # Its mask cannot follow the layers from one GPU to another.
+        mistakes.append(f"--attn_implementation {attention}: needs a GPU, and of several a process for each")
+    if attention in FLASH:
         from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-        is_there = is_flash_attn_2_available() if attention[-1] == "2" else is_flash_attn_3_available()
+        is_there = on_gpu and (is_flash_attn_2_available() if attention[-1] == "2" else is_flash_attn_3_available())
         # It computes in no other precision, and transformers finds documents for it in a single row only.
         if not (is_there and use_bf16(args.bf16, False) and args.padding_free):
-            lacks = f"the package {FLASH[attention]}, bf16 or --padding_free True"
-    if lacks:
-        mistakes.append(f"--attn_implementation {attention} lacks {lacks}; auto runs anywhere")
+            mistakes.append(f"--attn_implementation {attention}: needs a GPU, the package {FLASH[attention]}, bf16 and "
+                            "--padding_free True; auto runs anywhere")  # fmt: skip
     return mistakes
 
 

@@ -1,7 +1,7 @@
 """Measures what the data costs, as ratios that mean the same on every machine.
 
-    python tools/benchmark_data.py rate --num_proc 2        # against encode_batch of the tokenizers library alone
-    python tools/benchmark_data.py memory --megabytes 100,2000
+    python benchmarks/data.py rate --num_proc 2        # against encode_batch of the tokenizers library alone
+    python benchmarks/data.py memory --megabytes 100,2000
 
 `rate`: rows a second of data_sample/tokenize_dataset.py from a file to the finished set (read, render, tokenize, mask,
 pack, write), over that of a bare `encode_batch` on the same rendered texts in as many processes. Both start from a
@@ -48,7 +48,8 @@ def write_rows(path: Path, num_bytes: int, seed: int = 0) -> Path:
     for line in (ROOT / "data_sample" / "triage_train.jsonl").read_text(encoding="utf-8").splitlines():
         sentences.append(json.loads(line)["sent1"])
     draw = random.Random(seed)
-    rows, size = [], 0
+    rows = []
+    size = 0
     with open(path, "wb") as file:
         while size < min(num_bytes, 20_000_000):
             length = int(draw.lognormvariate(6.0, 0.8))  # characters of the answer
@@ -100,7 +101,8 @@ def measure_rate(args: argparse.Namespace) -> None:
         texts = []
         for line in raw.read_bytes().splitlines():
             row = json.loads(line)
-            prompt, (answer,) = program.render_prompt(row, template), program.render_answers(row, template)
+            prompt = program.render_prompt(row, template)
+            (answer,) = program.render_answers(row, template)
             texts.append("".join(program.apply_template(tokenizer, prompt, answer, template["chat"])))
         print(f"{len(texts):,} rows, {sum(map(len, texts)) / 1e6:.0f} million characters, {args.num_proc} process(es)")
         ratios = []

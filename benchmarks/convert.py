@@ -1,7 +1,7 @@
 """Measures convert_llama_weights_to_hf.py on a generated checkpoint: speed against `cp`, and peak memory.
 
-    python tools/benchmark_convert.py                        # 3 GB in 2 shards, in a temporary folder
-    python tools/benchmark_convert.py --gigabytes 0.2 --num_shards 1 --folder /dev/shm
+    python benchmarks/convert.py                        # 3 GB in 2 shards, in a temporary folder
+    python benchmarks/convert.py --gigabytes 0.2 --num_shards 1 --folder /dev/shm
 
 Prints one line for each direction, with and without verification, and exits with an error if the peak memory of one is
 above 1.5 GB + 3 times the largest tensor, or if writing without verification is slower than 60 % of `cp`. Needs three
@@ -24,10 +24,21 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
-SCRIPT = Path(__file__).resolve().parent.parent / "convert_llama_weights_to_hf.py"
-# Llama 3's tokenizer without a merge: 256 bytes and 256 special tokens.
-PARAMS = {"dim": 2048, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 512, "rope_theta": 500000.0, "norm_eps": 1e-5}
-PARAMS |= {"multiple_of": 1024, "ffn_dim_multiplier": 1.5, "use_scaled_rope": True}  # those of Llama 3.2 1B
+ROOT = Path(__file__).resolve().parent.parent
+TO_HF = [ROOT / "convert_llama_weights_to_hf.py"]
+TO_META = [ROOT / "convert_llama_weights_to_hf.py", "--to_meta"]
+# The shape of Llama 3.2 1B, with Llama 3's tokenizer without a merge: 256 bytes and 256 special tokens.
+PARAMS = {
+    "dim": 2048,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "vocab_size": 512,
+    "rope_theta": 500000.0,
+    "norm_eps": 1e-5,
+    "multiple_of": 1024,
+    "ffn_dim_multiplier": 1.5,
+    "use_scaled_rope": True,
+}
 FFN = 8192
 KEY_VALUE_ROWS = 512  # 8 heads with 64 rows each
 
@@ -42,7 +53,8 @@ class Arguments:
 
 def make_checkpoint(folder: Path, gigabytes: float, num_shards: int) -> int:
     """Writes Meta's files shard by shard; returns the bytes of the largest tensor of the whole model."""
-    dim, vocab_size = PARAMS["dim"], PARAMS["vocab_size"]
+    dim = PARAMS["dim"]
+    vocab_size = PARAMS["vocab_size"]
     layer = {
         "attention.wq": (dim // num_shards, dim),
         "attention.wk": (KEY_VALUE_ROWS // num_shards, dim),
@@ -54,43 +66,60 @@ def make_checkpoint(folder: Path, gigabytes: float, num_shards: int) -> int:
         "attention_norm": (dim,),
         "ffn_norm": (dim,),
     }
-    num_layers = math.ceil(gigabytes * 1e9 / (2 * num_shards * sum(map(math.prod, layer.values()))))
-    shapes = {"tok_embeddings.weight": (vocab_size // num_shards, dim), "norm.weight": (dim,)}
-    shapes["output.weight"] = (vocab_size // num_shards, dim)
-    shapes |= {f"layers.{i}.{name}.weight": shape for i in range(num_layers) for name, shape in layer.items()}
+    layer_bytes = 2 * num_shards * sum(math.prod(shape) for shape in layer.values())
+    num_layers = math.ceil(gigabytes * 1e9 / layer_bytes)
+    shapes = {
+        "tok_embeddings.weight": (vocab_size // num_shards, dim),
+        "norm.weight": (dim,),
+        "output.weight": (vocab_size // num_shards, dim),
+    }
+    for number in range(num_layers):
+        for name, shape in layer.items():
+            shapes[f"layers.{number}.{name}.weight"] = shape
 
     folder.mkdir()
     # One random block serves all matrices: what the values are changes neither time nor memory.
     block = torch.randn(FFN * dim, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     norm = torch.ones(dim, dtype=torch.bfloat16)
-    for i in range(num_shards):
-        shard = {
+    for number in range(num_shards):
+        shard = {}
+        for name, shape in shapes.items():
             # A clone for each: tensors that share memory would be written once.
-            name: norm.clone() if len(shape) == 1 else block.roll(i)[: math.prod(shape)].view(shape).clone()
-            for name, shape in shapes.items()
-        }
-        torch.save(shard, folder / f"consolidated.{i:02d}.pth")
+            if len(shape) == 1:
+                shard[name] = norm.clone()
+            else:
+                shard[name] = block.roll(number)[: math.prod(shape)].view(shape).clone()
+        torch.save(shard, folder / f"consolidated.{number:02d}.pth")
         del shard
     (folder / "params.json").write_text(json.dumps(PARAMS | {"n_layers": num_layers}))
-    ranks = (base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+    ranks = [base64.b64encode(bytes([number])) + b" %d\n" % number for number in range(256)]
     (folder / "tokenizer.model").write_bytes(b"".join(ranks))
     return 2 * FFN * dim
 
 
-def convert(*flags) -> tuple[float, int, dict]:
-    """Seconds, peak resident bytes (mapped pages included) and the report of one conversion in a process of its own."""
-    started, peak, errors = time.perf_counter(), 0, []
-    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+def read_peak_memory(pid: int) -> int:
+    """The most resident bytes of a running process so far, mapped pages included; 0 if it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    for line in status.splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def convert(program: list, *flags) -> tuple[float, int, dict]:
+    """Seconds, peak resident bytes and the report of one conversion in a process of its own."""
+    command = [sys.executable, *map(str, program), *map(str, flags)]
+    errors = []
+    peak = 0
+    started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))  # a full pipe would stop the process
     reader.start()
     while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            break
-        highest = [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")]
-        peak = max([peak, *highest])
+        peak = max(peak, read_peak_memory(process.pid))
         time.sleep(0.01)
     process.wait()
     reader.join()
@@ -102,6 +131,7 @@ def convert(*flags) -> tuple[float, int, dict]:
 
 
 def copy(source: Path, target: Path) -> float:
+    """Seconds that `cp` takes."""
     started = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
     seconds = time.perf_counter() - started
@@ -109,40 +139,59 @@ def copy(source: Path, target: Path) -> float:
     return seconds
 
 
-def measure(folder: Path, args: Arguments) -> bool:
-    """Prints the table; returns whether both limits were kept."""
-    meta, hf, back = folder / "meta", folder / "hf", folder / "back"
-    largest = make_checkpoint(meta, args.gigabytes, args.num_shards)
-    size, limit = sum(path.stat().st_size for path in meta.glob("*.pth")), 1.5e9 + 3 * largest
-    print(f"{size / 1e9:.2f} GB in {args.num_shards} shards, largest tensor {largest / 1e6:.0f} MB, "
-          f"allowed memory {limit / 1e9:.2f} GB")  # fmt: skip
-
-    copies, writes, peaks = [], [], []
-    for _ in range(args.repeats):
+def measure_writing(meta: Path, folder: Path, repeats: int) -> tuple[float, int]:
+    """Prints the fastest of `repeats` copies and conversions without verifying; returns the speed as a share of cp's,
+    and the peak memory."""
+    size = sum(path.stat().st_size for path in meta.glob("*.pth"))
+    copies = []
+    writes = []
+    peaks = []
+    for _ in range(repeats):
         copies.append(copy(meta, folder / "copy"))
-        seconds, peak, report = convert("--input_dir", meta, "--output_dir", hf, "--verify", "False")
+        flags = ("--input_dir", meta, "--output_dir", folder / "hf", "--verify", "False")
+        seconds, peak, report = convert(TO_HF, *flags)
         writes.append((report["seconds"]["writing"], seconds))
         peaks.append(peak)
-        shutil.rmtree(hf)
-    (written, seconds), copied = min(writes), min(copies)
+        shutil.rmtree(folder / "hf")
+    copied = min(copies)
+    written, seconds = min(writes)
     print(f"cp                     {copied:6.1f} s  {size / copied / 1e9:5.2f} GB/s")
     print(f"writing the weights    {written:6.1f} s  {size / written / 1e9:5.2f} GB/s  {copied / written:.0%} of cp")
     print(f"the whole command      {seconds:6.1f} s  peak {max(peaks) / 1e9:.2f} GB  (without verifying and hashing)")
-    for name, flags in (
-        ("verified and hashed", ("--input_dir", meta, "--output_dir", hf)),
-        ("back, verified, hashed", ("--to_meta", "--input_dir", hf, "--output_dir", back)),
-    ):
-        seconds, peak, report = convert(*flags)
-        peaks.append(peak)
-        steps = ", ".join(f"{step} {taken:.1f}" for step, taken in report["seconds"].items())
-        print(f"{name:22} {seconds:6.1f} s  peak {peak / 1e9:.2f} GB  ({steps})")
-    for path in sorted(meta.glob("*.pth")):
-        before, after = (torch.load(root / path.name, mmap=True, weights_only=True) for root in (meta, back))
-        same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-        if not same:
+    return copied / written, max(peaks)
+
+
+def measure_conversion(name: str, program: list, source: Path, target: Path) -> int:
+    """Prints what a whole conversion takes, verified and hashed; returns the peak memory."""
+    seconds, peak, report = convert(program, "--input_dir", source, "--output_dir", target)
+    steps = ", ".join(f"{step} {taken:.1f}" for step, taken in report["seconds"].items())
+    print(f"{name:22} {seconds:6.1f} s  peak {peak / 1e9:.2f} GB  ({steps})")
+    return peak
+
+
+def compare_files(before: Path, after: Path) -> None:
+    """Ends the program if a tensor of `before` is another one in `after`."""
+    for path in sorted(before.glob("*.pth")):
+        old = torch.load(path, mmap=True, weights_only=True)
+        new = torch.load(after / path.name, mmap=True, weights_only=True)
+        if old.keys() != new.keys() or any(not torch.equal(old[name], new[name]) for name in old):
             sys.exit(f"error: {path.name} came back with other values")
     print("there and back: the same bits")
-    return max(peaks) <= limit and copied / written >= 0.6
+
+
+def measure(folder: Path, args: Arguments) -> bool:
+    """Prints the table; returns whether both limits were kept."""
+    meta = folder / "meta"
+    largest = make_checkpoint(meta, args.gigabytes, args.num_shards)
+    size = sum(path.stat().st_size for path in meta.glob("*.pth"))
+    limit = 1.5e9 + 3 * largest
+    print(f"{size / 1e9:.2f} GB in {args.num_shards} shards, largest tensor {largest / 1e6:.0f} MB, "
+          f"allowed memory {limit / 1e9:.2f} GB")  # fmt: skip
+    share_of_cp, peak = measure_writing(meta, folder, args.repeats)
+    peak = max(peak, measure_conversion("verified and hashed", TO_HF, meta, folder / "hf"))
+    peak = max(peak, measure_conversion("back, verified, hashed", TO_META, folder / "hf", folder / "back"))
+    compare_files(meta, folder / "back")
+    return peak <= limit and share_of_cp >= 0.6
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Checks that llama.cpp continues prompts from a GGUF file with the same tokens as transformers from the merged folder.
 
-    python tools/check_llama_cpp.py outputs/gguf/model-f16.gguf outputs/merged
+    python benchmarks/check_llama_cpp.py outputs/gguf/model-f16.gguf outputs/merged
 
 The second path is the folder that the file was made from; without it, the folder in which the file lies. llama.cpp gets
 an environment of its own, outputs/environments/llama_cpp, because it is no part of this toolkit: llama-cpp-python from
@@ -64,46 +64,78 @@ def run_llama_cpp(gguf: Path, texts: list[str]) -> list[dict]:
     return [json.loads(line[7:]) for line in completed.stdout.splitlines() if line.startswith("RESULT ")]
 
 
+def make_texts(tokenizer) -> list[str]:
+    """The prompts, and the first of them in the model's chat template, if it has one."""
+    texts = list(PROMPTS)
+    if tokenizer.chat_template:
+        message = {"role": "user", "content": PROMPTS[0]}
+        texts.append(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+    return texts
+
+
+def check_prompt(model, tokenizer, text: str, result: dict, allowed: float) -> bool:
+    """Prints how transformers and llama.cpp continue one prompt; returns whether they agree.
+
+    Args:
+        result: llama.cpp's ids, prompt and continuation.
+        allowed: the largest distance of two logits, as a share of the largest logit, that rounding explains.
+    """
+    import torch
+
+    has_same_ids = result["ids"] == tokenizer(text, add_special_tokens=False).input_ids
+    has_same_ids = has_same_ids and result["prompt"] == tokenizer(text).input_ids
+    prompt = torch.tensor([result["prompt"]])
+    continued = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=NUM_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    ours = continued[0, prompt.shape[1] :].tolist()
+    num_common = len(os.path.commonprefix([ours, result["continued"]]))
+    verdict = f"the same {num_common} tokens"
+    agrees = has_same_ids
+    if num_common < min(len(ours), len(result["continued"])):
+        with torch.no_grad():
+            logits = model(torch.tensor([result["prompt"] + ours[:num_common]])).logits[0, -1]
+        best = logits.topk(2).values
+        gap = ((best[0] - best[1]) / logits.abs().max()).item()
+        verdict = f"tokens part after {num_common}, where the two best logits are {gap:.1e} of the largest apart"
+        agrees = agrees and gap <= allowed
+    ids = "OTHER IDS"
+    if has_same_ids:
+        ids = "same ids"
+    print(f"{ids}, {verdict}: {text!r} -> {tokenizer.decode(ours)!r}")
+    return agrees
+
+
 def main() -> None:
     if len(sys.argv) not in (2, 3) or not Path(sys.argv[1]).is_file():
         sys.exit("error: name a file that tools/merge_lora.py --gguf wrote, such as outputs/gguf/model-f16.gguf, "
                  "and the folder of the model that it was made from")  # fmt: skip
     gguf = Path(sys.argv[1])
-    folder = Path(sys.argv[2]) if len(sys.argv) == 3 else gguf.parent
+    folder = gguf.parent
+    if len(sys.argv) == 3:
+        folder = Path(sys.argv[2])
     if not (folder / "config.json").is_file():
         sys.exit(f"error: {folder} holds no model; name the one that {gguf} was made from behind it")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = list(PROMPTS)
-    if tokenizer.chat_template:
-        message = {"role": "user", "content": PROMPTS[0]}
-        texts.append(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+    texts = make_texts(tokenizer)
     results = run_llama_cpp(gguf, texts)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    allowed = 1e-3 if "f32" in gguf.name else 1e-2
+    allowed = 1e-2
+    if "f32" in gguf.name:
+        allowed = 1e-3
     num_wrong = 0
     for text, result in zip(texts, results, strict=True):
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        same_ids = result["ids"] == ids and result["prompt"] == tokenizer(text).input_ids
-        prompt = torch.tensor([result["prompt"]])
-        options = {"max_new_tokens": NUM_TOKENS, "do_sample": False, "pad_token_id": 0}
-        ours = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
-        ours = ours[0, prompt.shape[1] :].tolist()
-        common = len(os.path.commonprefix([ours, result["continued"]]))
-        verdict = f"the same {common} tokens"
-        if common < min(len(ours), len(result["continued"])):
-            with torch.no_grad():
-                logits = model(torch.tensor([result["prompt"] + ours[:common]])).logits[0, -1]
-            best = logits.topk(2).values
-            gap = ((best[0] - best[1]) / logits.abs().max()).item()
-            verdict = f"tokens part after {common}, where the two best logits are {gap:.1e} of the largest apart"
-            num_wrong += gap > allowed
-        num_wrong += not same_ids
-        print(f"{'same ids' if same_ids else 'OTHER IDS'}, {verdict}: {text!r} -> {tokenizer.decode(ours)!r}")
+        if not check_prompt(model, tokenizer, text, result, allowed):
+            num_wrong += 1
     if num_wrong:
-        sys.exit(f"error: llama.cpp and transformers differ in {num_wrong} places")
+        sys.exit(f"error: llama.cpp and transformers differ on {num_wrong} of {len(texts)} prompts")
     print(f"llama.cpp and transformers agree on {len(texts)} prompts: {gguf}")
 
 

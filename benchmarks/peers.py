@@ -1,6 +1,6 @@
-"""Starts one system of tools/benchmark.py under the measuring that all systems share. Not started by hand.
+"""Starts one system of benchmarks/compare.py under the measuring that all systems share. Not started by hand.
 
-    .venv-peers/trl/bin/python tools/benchmark_peers.py run.json          # run.json is what tools/benchmark.py wrote
+    .venv-peers/trl/bin/python benchmarks/peers.py run.json          # run.json is what benchmarks/compare.py wrote
 
 Each function below does what the system's own documentation tells its user to do; what is set besides the settings that
 are the same for all stands there with its reason. Loaded in each peer's environment, so it imports only torch here.
@@ -35,14 +35,16 @@ def measure(log: str, num_steps: int) -> None:
     the precision of the computation and the most memory that the process has held until then, in bytes.
     """
     seen = {"real_tokens": 0, "positions": 0}
-    embed, steps = torch.nn.Embedding.forward, []
+    embed = torch.nn.Embedding.forward
+    steps = []
 
     def counting_embed(module, input_ids):
         if torch.is_grad_enabled():  # else it is a check or an evaluation
             seen["real_tokens"] += int((input_ids != PAD_ID).sum())
             seen["positions"] += input_ids.numel()
-            autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else module.weight.dtype
-            seen["dtype"] = str(autocast)
+            seen["dtype"] = str(module.weight.dtype)
+            if torch.is_autocast_enabled("cpu"):
+                seen["dtype"] = str(torch.get_autocast_dtype("cpu"))
         return embed(module, input_ids)
 
     def write_step(*_) -> None:
@@ -91,9 +93,11 @@ def start_ours(run: dict) -> None:
     flags = ["--model_path", run["model"], "--dataset_path", run["tokenized"], "--output_dir", run["output"]]
     flags += ["--per_device_train_batch_size", run["batch_size"], "--max_steps", run["steps"], "--use_cpu", "True"]
     flags += ["--bf16", "False", "--gradient_checkpointing", run["checkpointing"] == "on"]
+    script = "finetune_pp.py"
     if run["mode"] == "lora":
+        script = "finetune_pp_peft.py"
         flags += ["--lora_rank", 8, "--lora_alpha", 16, "--lora_dropout", run["dropout"]]
-    run_script(ROOT / ("finetune_pp_peft.py" if run["mode"] == "lora" else "finetune_pp.py"), *flags)
+    run_script(ROOT / script, *flags)
 
 
 def lora_config(run: dict):
@@ -117,11 +121,16 @@ def start_trl(run: dict) -> None:
         bf16=False,
         use_cpu=True,
         report_to="none",
-        **({"gradient_checkpointing": False} if run["checkpointing"] == "off" else {}),
+        gradient_checkpointing=run["checkpointing"] != "off",  # True is its default
     )
-    rows = Dataset.from_list([{name: row[name] for name in ("prompt", "completion")} for row in read_rows(run)])
-    peft_config = lora_config(run) if run["mode"] == "lora" else None
-    SFTTrainer(run["model"], args=config, train_dataset=rows, peft_config=peft_config).train()
+    rows = []
+    for row in read_rows(run):
+        rows.append({"prompt": row["prompt"], "completion": row["completion"]})
+    peft_config = None
+    if run["mode"] == "lora":
+        peft_config = lora_config(run)
+    trainer = SFTTrainer(run["model"], args=config, train_dataset=Dataset.from_list(rows), peft_config=peft_config)
+    trainer.train()
 
 
 def start_trainer(run: dict) -> None:
@@ -139,9 +148,8 @@ def start_trainer(run: dict) -> None:
     model = AutoModelForCausalLM.from_pretrained(run["model"], dtype=torch.float32)
     rows = []
     for row in read_rows(run):
-        prompt, completion = (
-            tokenizer(row[n], add_special_tokens=False)["input_ids"] for n in ("prompt", "completion")
-        )
+        prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
         rows.append({"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion})
     args = TrainingArguments(
         output_dir=run["output"],
@@ -151,7 +159,8 @@ def start_trainer(run: dict) -> None:
         report_to="none",
         gradient_checkpointing=run["checkpointing"] == "on",
     )
-    model = get_peft_model(model, lora_config(run)) if run["mode"] == "lora" else model
+    if run["mode"] == "lora":
+        model = get_peft_model(model, lora_config(run))
     Trainer(model, args, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer)).train()
 
 
@@ -204,7 +213,8 @@ class TorchtuneTokenizer:
         self.base = HuggingFaceBaseTokenizer(files["tokenizer"], tokenizer_config_json_path=files["tokenizer_config"])
 
     def __call__(self, row: dict) -> dict:
-        prompt, completion = (self.base.encode(row[n], add_bos=False, add_eos=False) for n in ("prompt", "completion"))
+        prompt = self.base.encode(row["prompt"], add_bos=False, add_eos=False)
+        completion = self.base.encode(row["completion"], add_bos=False, add_eos=False)
         return {"tokens": prompt + completion, "mask": [True] * len(prompt) + [False] * len(completion)}
 
 
@@ -212,7 +222,9 @@ def torchtune_rows(tokenizer, path: str, packed: bool, max_length: int):
     from torchtune.datasets import PackedDataset, SFTDataset
 
     data = SFTDataset(source="json", data_files=path, split="train", message_transform=None, model_transform=tokenizer)
-    return PackedDataset(data, max_seq_len=max_length, padding_idx=PAD_ID) if packed else data
+    if packed:
+        return PackedDataset(data, max_seq_len=max_length, padding_idx=PAD_ID)
+    return data
 
 
 def start_torchtune(run: dict) -> None:
@@ -240,7 +252,7 @@ def start_torchtune(run: dict) -> None:
     config = {
         "output_dir": run["output"],
         "model": model,
-        "tokenizer": {"_component_": "benchmark_peers.TorchtuneTokenizer", "path": run["model"]},
+        "tokenizer": {"_component_": "peers.TorchtuneTokenizer", "path": run["model"]},
         "checkpointer": {
             "_component_": "torchtune.training.FullModelHFCheckpointer",
             "checkpoint_dir": run["model"],
@@ -252,7 +264,7 @@ def start_torchtune(run: dict) -> None:
         "resume_from_checkpoint": False,
         "save_adapter_weights_only": True,
         "dataset": {
-            "_component_": "benchmark_peers.torchtune_rows",
+            "_component_": "peers.torchtune_rows",
             "path": run["rows"],
             "packed": run["variant"] == "packing",
             "max_length": run["max_length"],
@@ -288,8 +300,10 @@ def start_torchtune(run: dict) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(config))  # any JSON is YAML
     recipes = Path(torchtune.__file__).parent.parent / "recipes"
-    name = "lora_finetune_single_device.py" if is_lora else "full_finetune_single_device.py"
-    run_script(recipes / name, "--config", path)
+    recipe = "full_finetune_single_device.py"
+    if is_lora:
+        recipe = "lora_finetune_single_device.py"
+    run_script(recipes / recipe, "--config", path)
 
 
 def start_litgpt(run: dict) -> None:

@@ -1,7 +1,7 @@
 """What a pipeline gains and holds: 1F1B against one busy stage at a time, and against GPipe, on CPU processes.
 
-    python tools/benchmark_pipeline.py
-    python tools/benchmark_pipeline.py --num_stages 4 --num_micro_batches 16
+    python benchmarks/pipeline.py
+    python benchmarks/pipeline.py --num_stages 4 --num_micro_batches 16
 
 Starts finetune_pp_1f1b.py by torchrun with one thread a process, on a random LLaMA without a heavy head, so its stages
 weigh the same. All runs of a table train an adapter on the same rows. Time: the median over all steps, by the clock
@@ -67,18 +67,55 @@ def run(args: Arguments, folder: Path, name: str, schedule: str, num_micro_batch
     command += ["--output_dir", output_dir, "--pipeline_schedule", schedule, "--lora_used", "True", "--lora_rank", 1]
     command += ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", num_micro_batches]
     command += ["--max_steps", num_steps, "--save_steps", 10**6, "--use_cpu", "True", "--bf16", "False"]
-    # Else the C library keeps what was freed, and a peak shows where it came from rather than what was held.
-    settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    finished = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=os.environ | settings, capture_output=True, text=True
-    )
+    environment = dict(os.environ)
+    environment["OMP_NUM_THREADS"] = "1"
+    # Otherwise the C library keeps what was freed, and a peak shows where it came from rather than what was held.
+    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    environment["MALLOC_TRIM_THRESHOLD_"] = "65536"
+    finished = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
     if finished.returncode != 0:
         sys.exit(f"error: {' '.join(map(str, command))}\n{finished.stderr}")
     events = EventAccumulator(str(output_dir / "runs")).Reload().Scalars("train/loss")
-    clock = [event.wall_time for event in events]
+    seconds = []
+    for number in range(1, len(events)):
+        seconds.append(events[number].wall_time - events[number - 1].wall_time)
     receipt = json.loads((output_dir / "run.json").read_text())
-    seconds = [later - earlier for earlier, later in zip(clock, clock[1:], strict=False)]
     return {"seconds": seconds, "memory": receipt["peak_memory_bytes"]}
+
+
+def measure_speed(args: Arguments, folder: Path) -> None:
+    """Prints the median of a step of 1F1B, and of as much work with one micro-batch on its way."""
+    stages = args.num_stages
+    micro_batches = args.num_micro_batches
+    overlapped = []
+    one_at_a_time = []
+    for number in range(args.num_rounds):
+        overlapped += run(args, folder, f"1f1b-{number}", "1f1b", micro_batches, args.num_steps)["seconds"]
+        # One step more than the last epoch's worth, and the first step is not measured.
+        num_steps = (args.num_steps - 1) * micro_batches + 1
+        alone = run(args, folder, f"alone-{number}", "gpipe", 1, num_steps)["seconds"]
+        for first in range(0, len(alone), micro_batches):
+            one_at_a_time.append(sum(alone[first : first + micro_batches]))
+    slow = statistics.median(one_at_a_time)
+    fast = statistics.median(overlapped)
+    ideal = stages * micro_batches / (micro_batches + stages - 1)
+    print(f"{stages} stages, {micro_batches} micro-batches of {args.num_tokens} tokens, {os.cpu_count()} cores\n")
+    print("| micro-batches on their way | median of a step, s | speed |\n|---|---|---|")
+    print(f"| one at a time | {slow:.2f} | 1.00 |")
+    print(f"| 1f1b | {fast:.2f} | {slow / fast:.2f} |")
+    print(f"| ideal 1f1b: {stages} x {micro_batches} / {micro_batches + stages - 1} | | {ideal:.2f} |\n")
+
+
+def measure_memory(args: Arguments, folder: Path) -> None:
+    """Prints the peak of each stage, for both schedules and two numbers of micro-batches."""
+    heads = [f"peak of stage {number + 1}, MiB" for number in range(args.num_stages)]
+    print(f"| schedule | micro-batches | {' | '.join(heads)} |")
+    print("|---|---|" + "---|" * args.num_stages)
+    for schedule in ("1f1b", "gpipe"):
+        for count in (args.num_micro_batches, 2 * args.num_micro_batches):
+            memory = run(args, folder, f"memory-{schedule}-{count}", schedule, count, 2)["memory"]
+            cells = [f"{held / 2**20:.0f}" for held in memory]
+            print(f"| {schedule} | {count} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -88,32 +125,10 @@ def main() -> None:
         sys.exit(f"error: {mistake}")
     if args.num_steps < 2 or args.num_rounds < 1:
         sys.exit("error: --num_steps must be at least 2, as the first is not measured, and --num_rounds at least 1")
-    stages, micro_batches = args.num_stages, args.num_micro_batches
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        make_parts(args, folder)
-        steps = {"1f1b": [], "one at a time": []}
-        for i in range(args.num_rounds):
-            steps["1f1b"] += run(args, folder, f"1f1b-{i}", "1f1b", micro_batches, args.num_steps)["seconds"]
-            # One step more than the last epoch's worth, and the first step is not measured.
-            alone = run(args, folder, f"alone-{i}", "gpipe", 1, (args.num_steps - 1) * micro_batches + 1)["seconds"]
-            steps["one at a time"] += [
-                sum(alone[first : first + micro_batches]) for first in range(0, len(alone), micro_batches)
-            ]
-        medians = {name: statistics.median(seconds) for name, seconds in steps.items()}
-        print(f"{stages} stages, {micro_batches} micro-batches of {args.num_tokens} tokens, {os.cpu_count()} cores\n")
-        print("| micro-batches on their way | median of a step, s | speed |\n|---|---|---|")
-        for name, seconds in reversed(medians.items()):
-            print(f"| {name} | {seconds:.2f} | {medians['one at a time'] / seconds:.2f} |")
-        print(f"| ideal 1f1b: {stages} x {micro_batches} / {micro_batches + stages - 1} | "
-              f"| {stages * micro_batches / (micro_batches + stages - 1):.2f} |\n")  # fmt: skip
-
-        print("| schedule | micro-batches | " + " | ".join(f"peak of stage {i + 1}, MiB" for i in range(stages)) + " |")
-        print("|---|---|" + "---|" * stages)
-        for schedule in ("1f1b", "gpipe"):
-            for count in (micro_batches, 2 * micro_batches):
-                memory = run(args, folder, f"memory-{schedule}-{count}", schedule, count, 2)["memory"]
-                print(f"| {schedule} | {count} | " + " | ".join(f"{held / 2**20:.0f}" for held in memory) + " |")
+        make_parts(args, Path(folder))
+        measure_speed(args, Path(folder))
+        measure_memory(args, Path(folder))
 
 
 if __name__ == "__main__":

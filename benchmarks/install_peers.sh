@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes one virtual environment for each system that tools/benchmark.py compares this toolkit with: .venv-peers/<peer>.
+# Makes one virtual environment for each system that benchmarks/compare.py compares this toolkit with: .venv-peers/<peer>.
 #
-#   bash tools/install_peers.sh                 # all four: trl llamafactory torchtune litgpt (6 GB on a CPU)
-#   bash tools/install_peers.sh trl             # one of them; a peer that is there already is made anew
+#   bash benchmarks/install_peers.sh                 # all four: trl llamafactory torchtune litgpt (6 GB on a CPU)
+#   bash benchmarks/install_peers.sh trl             # one of them; a peer that is there already is made anew
 #
 # torch comes first, in the version of requirements.txt, so that no peer pulls another one. `trl` also serves the plain
 # transformers Trainer. llamafactory and torchtune are installed without torchvision and torchaudio, which text does not

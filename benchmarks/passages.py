@@ -1,6 +1,6 @@
 """What reading the data costs training: drawing passages, opening a large set, and the share of a training step.
 
-    python tools/benchmark_passages.py                    # generates its sets in a temporary folder and deletes them
+    python benchmarks/passages.py                    # generates its sets in a temporary folder and deletes them
 
 Prints the tokens a second that one core draws and collates, the time from a set's path to the rows of the first
 optimizer step for 5 million rows, and, in one run of the plain loop's own calls on the sample model, the time that
@@ -64,7 +64,8 @@ def measure_share(folder: Path, num_steps: int = 5) -> None:
     model = AutoModelForCausalLM.from_pretrained(SAMPLE_MODEL, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     sampler = RowSampler(TokenizedDataset(folder / "papers", passage_length=512), rows_per_step=4, seed=42)
-    reading, started = 0.0, time.perf_counter()
+    reading = 0.0
+    started = time.perf_counter()
     for step in range(num_steps):
         step_started = time.perf_counter()
         batch = DataCollator(True)(sampler.rows_of(step))

@@ -1,7 +1,7 @@
 """test_sample.py: the prompt of training without the answer, the same tokens in any batch, no silent base model."""
 
-import importlib
 import importlib.util
+import io
 import json
 import os
 import sys
@@ -9,9 +9,11 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, make_tokenizer, run_script, save_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from datasets import load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import test_sample
+from data_sample import rendering
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
@@ -52,48 +54,51 @@ ROWS = {
 }
 
 
+def tokenize(rows: list[dict], format: str, tokenizer, folder, monkeypatch):
+    """The set that tokenize_dataset.py makes of some rows."""
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--format", format, "--input", folder / "rows.jsonl", "--tokenizer_path", folder / "tokenizer"]
+    flags += ["--output", folder / "set", "--max_length", 100_000]
+    monkeypatch.setattr(sys, "argv", ["tokenize_dataset.py", *map(str, flags)])
+    tokenize_dataset.main()
+    return load_from_disk(folder / "set")
+
+
+@pytest.mark.parametrize("with_bos", [True, False, "in the template"])
 @pytest.mark.parametrize(
     ("format", "chat"),
     [(format, chat) for format in ROWS for chat in (False, True) if (format, chat) != ("chat", False)],
 )
-def test_the_prompt_has_the_ids_of_training_and_not_the_answer(chat, format):
+def test_the_prompt_has_the_ids_of_training_and_not_the_answer(chat, format, with_bos, tmp_path, monkeypatch):
     """Compared with the very rows that tokenize_dataset.py writes. BOS once, whoever may write it."""
-    for with_bos, template_text in ((True, CHAT_TEMPLATE), (False, CHAT_TEMPLATE), (True, "<s>" + CHAT_TEMPLATE)):
-        tokenizer = make_tokenizer(with_bos)
-        tokenizer.chat_template = template_text if chat else None
-        args = tokenize_dataset.Arguments(format=format, max_length=100_000)
-        template = tokenize_dataset.make_template(args, chat)
-        lines = [(0, i, json.dumps(row).encode()) for i, row in enumerate(ROWS[format], 1)]
-        made = tokenize_dataset.Tokenization(args, make_copy(tokenizer), template, ["rows.jsonl"])(lines)[0]["train"]
-        trained = made.to_pydict()
-        for number, row in enumerate(ROWS[format]):
-            ids = test_sample.encode_prompt(tokenizer, test_sample.read_messages(row, template), template)
-            training_ids = trained["input_ids"][number]
-            if format == "text":
-                assert ids == [id for id in training_ids if id != tokenizer.eos_token_id]
-            else:
-                assert ids == training_ids[: len(ids)]
-                labels = trained["labels"][number]
-                target_ids = [id for id in labels[len(ids) :] if id != -100]
-                answer = test_sample.expected_answer(row, template)
-                assert tokenizer.decode(target_ids).removesuffix("</s>").strip() == answer
-                assert labels[len(ids) - 1] == -100 and labels[len(ids)] != -100
-            assert ids.count(tokenizer.bos_token_id) == (1 if with_bos or (chat and "<s>" in template_text) else 0) or (
-                format == "text"
-            )
-
-
-def make_copy(tokenizer):
-    """tokenize_dataset.py switches the recognition of special tokens off for documents, in its own tokenizer."""
-    import copy
-
-    return copy.deepcopy(tokenizer)
+    tokenizer = make_tokenizer(with_bos is not False)
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+        if with_bos == "in the template":
+            tokenizer.chat_template = "<s>" + CHAT_TEMPLATE
+    trained = tokenize(ROWS[format], format, tokenizer, tmp_path, monkeypatch)
+    template = json.loads((tmp_path / "set" / "ledger.json").read_text())["template"]
+    for number, row in enumerate(ROWS[format]):
+        messages = rendering.messages_before_answer(row, template)
+        ids = rendering.encode_prompt(tokenizer, messages, template)
+        training_ids = trained["input_ids"][number]
+        if format == "text":
+            assert ids == [id for id in training_ids if id != tokenizer.eos_token_id]
+            continue
+        assert ids == training_ids[: len(ids)]
+        labels = trained["labels"][number]
+        target_ids = [id for id in labels[len(ids) :] if id != -100]
+        answer = rendering.expected_answer(row, template)
+        assert tokenizer.decode(target_ids).removesuffix("</s>").strip() == answer
+        assert labels[len(ids) - 1] == -100 and labels[len(ids)] != -100
+        assert ids.count(tokenizer.bos_token_id) == int(with_bos is not False)
 
 
 def test_the_label_does_not_change_the_prompt():
-    template = tokenize_dataset.make_template(tokenize_dataset.Arguments(), False)
+    template = rendering.make_template("mcq", False)
     rows = [QUESTIONS[0] | {"label": label} for label in range(4)]
-    assert len({test_sample.render_prompt(row, template) for row in rows}) == 1
+    assert len({str(rendering.messages_before_answer(row, template)) for row in rows}) == 1
 
 
 def test_the_same_tokens_in_any_batch_size(tmp_path):
@@ -141,7 +146,7 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "data_sample" / "tokenized" / "triage_train").mkdir(parents=True)
     questions = (ROOT / "data_sample" / "triage_test.jsonl").read_text()
     (tmp_path / "data_sample" / "triage_test.jsonl").write_text(questions)
-    template = tokenize_dataset.make_template(tokenize_dataset.Arguments(), False)
+    template = rendering.make_template("mcq", False)
     ledger = {"template": template}
     (tmp_path / "data_sample" / "tokenized" / "triage_train" / "ledger.json").write_text(json.dumps(ledger))
     monkeypatch.chdir(tmp_path)
@@ -164,18 +169,6 @@ def test_a_missing_adapter_is_an_error_and_never_a_base_model(workplace, monkeyp
     (unfinished / "adapter_config.json").write_text("{}")  # no run.json: the run was interrupted
     assert "no finished adapter" in stop_message(monkeypatch)
     assert "no adapter_config.json" in stop_message(monkeypatch, "--peft_path", "outputs/none")
-
-
-def test_the_adapter_that_finished_last_is_the_newest(workplace):
-    for number, name in enumerate(("first", "last", "full", "interrupted")):
-        folder = workplace / "outputs" / name
-        folder.mkdir(parents=True)
-        if name != "full":
-            (folder / "adapter_config.json").write_text("{}")
-        if name != "interrupted":
-            (folder / "run.json").write_text("{}")
-            os.utime(folder / "run.json", (1000 + number, 1000 + number))
-    assert test_sample.find_newest_adapter() == "outputs/last"
 
 
 def test_mistakes_are_reported_together(workplace, monkeypatch):
@@ -257,8 +250,6 @@ def test_a_file_of_answers_is_in_order_and_goes_on_after_a_kill(workplace, monke
 
 
 def test_a_prompt_stdin_and_two_models_side_by_side(workplace, monkeypatch, capsys, tmp_path):
-    import io
-
     save_tiny_model(workplace / "models" / "tiny")
     save_adapter("lora", workplace / "models" / "tiny", workplace / "adapter")
     flags = ["--peft_path", "adapter", "--max_new_tokens", 8]
@@ -276,54 +267,6 @@ def test_a_prompt_stdin_and_two_models_side_by_side(workplace, monkeypatch, caps
         assert f"answer:   {answer}\n" not in printed  # the adapter changes it
 
 
-def test_a_conversation_is_rendered_as_in_training(workplace, monkeypatch, capsys):
-    """Commands, the history in the prompt, and a saved file that tokenize_dataset.py reads."""
-    import io
-
-    folder = save_tiny_model(workplace / "models" / "tiny")
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    typed = ["/system Be brief.", "Red eye?", "/reset", "/save kept.jsonl", "Cough?", "And?", "/save kept.jsonl",
-             "/nonsense", "x" * 400, "/quit", "never read"]  # fmt: skip
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed)))
-    printed = run_main(monkeypatch, capsys, "--model_path", "models/tiny", "--chat", "True", "--max_new_tokens", 8)
-    assert "/reset begins anew" in printed and printed.count("/reset         forget") == 2
-    first, last = [json.loads(line)["messages"] for line in (workplace / "kept.jsonl").read_text().splitlines()]
-    assert first == [{"role": "system", "content": "Be brief."}]
-    assert [message["role"] for message in last] == ["system", "user", "assistant", "user", "assistant"]
-    assert [message["content"] for message in last[1::2]] == ["Cough?", "And?"]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = tokenizer(tokenizer.apply_chat_template(last[:4], tokenize=False, add_generation_prompt=True)).input_ids
-    answer = tokenizer.decode(test_sample.generate(model, tokenizer, [ids], 8)[0], skip_special_tokens=True)
-    assert last[4]["content"] == answer.rstrip("\ufffd") and answer.rstrip("\ufffd") in printed
-
-
-def test_ctrl_c_stops_an_answer_and_not_the_program(tmp_path):
-    import functools
-    import signal
-    import subprocess
-
-    folder = save_tiny_model(tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
-    command = [sys.executable, "test_sample.py", "--model_path", folder, "--chat", "True", "--max_new_tokens", "8000"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    # Tests that run in the background ignore Ctrl-C, and so would what they start.
-    answer_to_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=answer_to_ctrl_c, **pipes)
-    process.stdin.write("endless\n")
-    process.stdin.flush()
-    while not process.stdout.readline().startswith("/quit"):
-        assert process.poll() is None
-    assert process.stdout.read(5)  # it answers
-    process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(f"/save {tmp_path}/kept.jsonl\n")
-    assert "[stopped]" in rest and "2 messages appended" in rest and process.returncode == 0
-    (messages,) = [json.loads(line)["messages"] for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
-    assert messages[0] == {"role": "user", "content": "endless"} and messages[1]["content"]
-
-
 @pytest.mark.parametrize("mode", ["lora", "prefix", "ptuning", "prompt"])
 def test_an_adapter_that_does_not_fit_is_refused_by_both_names(mode, workplace, monkeypatch, capsys):
     """Another size, another vocabulary, a truncated file, a pickle: one message each, before weights are loaded."""
@@ -333,14 +276,15 @@ def test_an_adapter_that_does_not_fit_is_refused_by_both_names(mode, workplace, 
                                          "--max_new_tokens", 2)  # fmt: skip
     other = save_tiny_model(workplace / "models" / "other")
     config = json.loads((other / "config.json").read_text())
-    wider = config | {"hidden_size": 64, "num_hidden_layers": 3, "head_dim": 16, "num_attention_heads": 8}
-    (other / "config.json").write_text(json.dumps(wider))
+    wider = LlamaConfig(**config | {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 8})
+    LlamaForCausalLM(wider).save_pretrained(other)
     message = stop_message(monkeypatch, "--peft_path", "adapter", "--model_path", "models/other")
-    assert "--peft_path adapter: its tensors do not fit --model_path models/other" in message and str(tiny) in message
-    (other / "config.json").write_text(json.dumps(config))
+    assert "--peft_path adapter: its tensor " in message and "and --model_path models/other needs [" in message
+    assert str(tiny) in message
+    other = save_tiny_model(workplace / "models" / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
-    first, second = list(tokenizer["model"]["vocab"])[100:102]
     vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[100:102]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     message = stop_message(monkeypatch, "--peft_path", "adapter", "--model_path", "models/other")
@@ -349,9 +293,15 @@ def test_an_adapter_that_does_not_fit_is_refused_by_both_names(mode, workplace, 
     file = workplace / "adapter" / "adapter_model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    assert "damaged" in stop_message(monkeypatch, "--peft_path", "adapter")
+    assert "adapter_model.safetensors is cut off" in stop_message(monkeypatch, "--peft_path", "adapter")
     file.rename(file.with_name("adapter_model.bin"))
-    assert "no adapter_model.safetensors" in stop_message(monkeypatch, "--peft_path", "adapter")
+    message = stop_message(monkeypatch, "--peft_path", "adapter")
+    assert "only safetensors are read here; convert it: python -c" in message
+
+
+def test_the_conversation_is_another_program_and_its_command_is_named(workplace, monkeypatch):
+    message = stop_message(monkeypatch, "--peft_path", "outputs/mine", "--chat", "True")
+    assert "python tools/chat.py --peft_path outputs/mine" in message.splitlines()[0]
 
 
 def test_an_adapter_that_was_never_trained_is_said_so(workplace, monkeypatch, capsys):
@@ -410,7 +360,7 @@ def test_an_adapter_on_a_4_bit_base_answers_as_it_was_trained(tmp_path, monkeypa
     pytest.importorskip("bitsandbytes")
     tiny = save_tiny_model(tmp_path / "model", num_layers=2)
     save_adapter("lora", tiny, tmp_path / "adapter")
-    template = tokenize_dataset.make_template(tokenize_dataset.Arguments(), False)
+    template = rendering.make_template("mcq", False)
     receipt = {"arguments": {"load_in_4bit": True}, "dataset": {"template": template}}
     (tmp_path / "adapter" / "run.json").write_text(json.dumps(receipt))
     flags = ["--peft_path", tmp_path / "adapter", "--num_samples", 4, "--max_new_tokens", 12]

@@ -12,40 +12,67 @@ choose several times as many micro-batches as stages.
     USE_CPU=1 NUM_GPUS=2 sh scripts/finetune_pp_1f1b.sh
 
 Writes into --output_dir, which all machines must see: the model in Hugging Face's format, or the adapter in PEFT's, and
-the tokenizer, checkpoint-<step>/ (a file for each stage; valid only with complete.json), trainer_state.json (the loss
-curve), runs/ (TensorBoard) and last run.json (the receipt).
+the tokenizer, checkpoint-<step>/ (a file for each stage), trainer_state.json (the loss curve), runs/ (TensorBoard) and
+last run.json (the receipt). SIGTERM saves a checkpoint and ends.
 """
 
+import argparse
 import json
 import math
 import os
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+import traceback
+import zipfile
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import peft
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, get_scheduler, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    SchedulerType,
+    get_scheduler,
+    set_seed,
+)
 
 import data_collator
-from data_collator import FILLER, IGNORE_INDEX, DataCollator, RowSampler, TokenizedDataset
+from data_collator import IGNORE_INDEX, DataCollator, TokenizedDataset, TrainingRows
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # nothing happens to their hidden states between two layers
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+ATTENTION_KERNELS = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+# Flags that a resumed run must share with the interrupted one, besides the rows and their order.
+SHARED_BY_RESUMED = (
+    "model_path", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
+    "lora_used", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules",
+)  # fmt: skip
 
 
-def flag(default, help: str, choices: str | None = None):
-    return field(default=default, metadata={"help": help} | ({"metavar": choices} if choices else {}))
+def flag(default, help: str, limit: str | None = None):
+    """A flag with its help; `limit` is what a number must be: "> 0" or ">= 0"."""
+    metadata = {"help": help}
+    if limit is not None:
+        metadata["metavar"] = limit
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -54,37 +81,38 @@ class Arguments:
     dataset_path: str = flag("data_sample/tokenized/triage_train", "tokenized folder, or name:weight,name:weight")
     eval_dataset_path: str | None = flag(None, "another such folder, for the evaluation loss")
     random_passage: bool = flag(False, "draw a random passage of each whole document (--format text) at every epoch")
-    passage_length: int = flag(512, "tokens of a passage")
+    passage_length: int = flag(512, "tokens of a passage", "> 0")
     output_dir: str = flag("outputs/finetune_pp_1f1b", "folder for all that the run leaves")
-    pipeline_schedule: str = flag("1f1b", "order of the micro-batches' forwards and backwards", "1f1b|gpipe")
+    pipeline_schedule: Literal["1f1b", "gpipe"] = flag("1f1b", "order of the micro-batches' forwards and backwards")
     lora_used: bool = flag(False, "train a LoRA adapter; False: all weights")
-    lora_rank: int = flag(8, "inner size of an adapter's two matrices")
-    lora_alpha: float = flag(16, "an adapter's output is scaled by lora_alpha / lora_rank")
-    lora_dropout: float = flag(0.05, "dropout on an adapter's input")
+    lora_rank: int = flag(8, "inner size of an adapter's two matrices", "> 0")
+    lora_alpha: float = flag(16, "an adapter's output is scaled by lora_alpha / lora_rank", "> 0")
+    lora_dropout: float = flag(0.05, "dropout on an adapter's input", ">= 0")
     lora_target_modules: str = flag("all-linear", "all-linear (without the head), or names such as q_proj,v_proj")
-    num_train_epochs: float = flag(1, "passes over the data")
+    num_train_epochs: float = flag(1, "passes over the data", "> 0")
     max_steps: int = flag(-1, "optimizer steps; above 0 it overrides num_train_epochs")
-    per_device_train_batch_size: int = flag(8, "rows of one micro-batch")
-    per_device_eval_batch_size: int = flag(8, "rows of one forward in evaluation")
-    gradient_accumulation_steps: int = flag(1, "micro-batches of one optimizer step; several times the stages")
-    learning_rate: float | None = flag(None, "peak learning rate of AdamW; none: 1e-3 with an adapter, 2e-5 without")
-    lr_scheduler_type: str = flag("cosine", "how the rate falls", "cosine|linear|constant_with_warmup")
-    warmup_steps: float = flag(0.03, "steps of warm-up; below 1: a share of all steps")
-    weight_decay: float = flag(0.0, "AdamW's, never on norms and biases")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
-    logging_steps: int = flag(1, "log every so many optimizer steps")
-    eval_steps: int = flag(100, "evaluate every so many steps, and at the end")
-    save_steps: int = flag(100, "checkpoint every so many steps, and at the end")
-    save_total_limit: int = flag(2, "complete checkpoints that are kept")
-    seed: int = flag(42, "of the adapter's start, the row order and dropout")
-    bf16: str = flag("auto", "compute in bf16; auto: where the hardware is fast at it", "auto|True|False")
+    per_device_train_batch_size: int = flag(8, "rows of one micro-batch", "> 0")
+    per_device_eval_batch_size: int = flag(8, "rows of one forward in evaluation", "> 0")
+    gradient_accumulation_steps: int = flag(1, "micro-batches of one optimizer step; several times the stages", "> 0")
+    learning_rate: float | None = flag(None, "peak rate of AdamW; none: 1e-3 with an adapter, 2e-5 without", "> 0")
+    lr_scheduler_type: SchedulerType = flag("cosine", "how the rate falls")
+    lr_scheduler_kwargs: str = flag("{}", 'more of the schedule, as JSON: {"min_lr": 1e-6}')
+    warmup_steps: float = flag(0.03, "steps of warm-up; below 1: a share of all steps", ">= 0")
+    weight_decay: float = flag(0.0, "AdamW's, never on norms and biases", ">= 0")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", "> 0")
+    logging_steps: int = flag(1, "log every so many optimizer steps", "> 0")
+    eval_steps: int = flag(100, "evaluate every so many steps, and at the end", "> 0")
+    save_steps: int = flag(100, "checkpoint every so many steps, and at the end", "> 0")
+    save_total_limit: int = flag(2, "checkpoints that are kept", "> 0")
+    seed: int = flag(42, "of the adapter's start, the row order and dropout", ">= 0")
+    bf16: Literal["auto", "True", "False"] = flag("auto", "compute in bf16; auto: where the hardware is fast at it")
     padding_free: bool = flag(True, "join the rows of a micro-batch instead of padding them")
     gradient_checkpointing: bool = flag(False, "recompute activations: a third more work, much less memory")
-    attn_implementation: str = flag("auto", "kernel of attention; auto: document by document", data_collator.ATTENTION)
-    torch_compile: bool = flag(False, "compile the model: minutes at first, then faster steps")
+    attn_implementation: ATTENTION_KERNELS = flag("auto", "kernel of attention; auto: inside each document")
+    torch_compile: bool = flag(False, "compile the decoder layers: minutes at first, then faster steps")
     resume_from_checkpoint: str = flag("False", "True: the newest complete one in output_dir; or a checkpoint folder")
     use_cpu: bool = flag(False, "leave the GPUs alone")
-    report_to: str = flag("tensorboard", "where the loss curve is shown", "tensorboard|none")
+    report_to: Literal["tensorboard", "none"] = flag("tensorboard", "where the loss curve is shown")
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -93,50 +121,161 @@ class Arguments:
 
 
 def check_arguments(args: Arguments):
-    """Returns (config, tokenizer, row sampler, evaluation set or None, checkpoint to resume from or None).
+    """Returns (config, tokenizer, rows in the order of training, evaluation set or None, checkpoint or None).
 
     Raises:
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
     """
-    mistakes = data_collator.find_mistakes(args)
-
-    def attempt(name: str, action, *context):
-        value = getattr(args, name)
-        try:
-            return None if value is None else action(value, *context)
-        except (ValueError, OSError) as problem:
-            mistakes.append(f"--{name} {value}: {problem}")
-
     args.use_cpu |= torch.cuda.device_count() == 0
-    args.learning_rate = args.learning_rate or (1e-3 if args.lora_used else 2e-5)
-    num_micro_batches, num_stages = args.gradient_accumulation_steps, int(os.environ.get("WORLD_SIZE", 1))
+    mistakes = check_numbers(args) + check_machine(args) + check_launcher()
+    if args.learning_rate is None:
+        args.learning_rate = 2e-5
+        if args.lora_used:
+            args.learning_rate = 1e-3
+    num_stages = int(os.environ.get("WORLD_SIZE", 1))
+    num_micro_batches = args.gradient_accumulation_steps
     if args.pipeline_schedule == "1f1b" and num_micro_batches < num_stages:
         mistakes.append(f"--gradient_accumulation_steps {num_micro_batches}: 1f1b needs a micro-batch for each of the "
                         f"{num_stages} stages; {4 * num_stages} of them keep the stages busy")  # fmt: skip
-    config, tokenizer = attempt("model_path", load_config) or (None, None)
-    if config and (config.model_type not in MODEL_TYPES or config.num_hidden_layers < num_stages):
-        mistakes.append(f"--model_path {args.model_path}: {config.num_hidden_layers} {config.model_type} layers cannot "
-                        f"be {num_stages} stages; start fewer, or choose from {', '.join(MODEL_TYPES)}")  # fmt: skip
-    passage = args.random_passage * args.passage_length  # 0: none
-    dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer, passage, args.seed)
-    eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer, passage)
-    if not mistakes:
-        attempt("lora_used", check_adapter, args, config)
-        sampler = RowSampler(dataset, args.per_device_train_batch_size * num_micro_batches, args.seed)
-        sampler.settings = asdict(args)
-        checkpoint = attempt("resume_from_checkpoint", data_collator.find_checkpoint, args.output_dir, sampler)
+
+    def attempt(name: str, action, *context):
+        """What `action` makes of a flag's value; its error becomes a mistake of that flag."""
+        value = getattr(args, name)
+        if value is None:
+            return None
+        try:
+            return action(value, *context)
+        except (ValueError, OSError, ImportError) as problem:
+            mistakes.append(f"--{name} {value}: {problem}")
+
+    config = attempt("model_path", load_config)
+    tokenizer = None
+    if config is not None:
+        tokenizer = attempt("model_path", AutoTokenizer.from_pretrained)
+        attempt("attn_implementation", check_attention, config, args)
+        attempt("model_path", check_layers, config, num_stages)
+    passage_length = 0
+    if args.random_passage:
+        passage_length = args.passage_length
+    dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer, passage_length, args.seed)
+    eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer, passage_length)
     if mistakes:
         raise ValueError("\n".join(mistakes))
-    return config, tokenizer, sampler, eval_dataset, checkpoint
+    if args.lora_used:
+        attempt("lora_used", check_adapter, args, config)
+    rows_per_step = args.per_device_train_batch_size * num_micro_batches
+    rows = TrainingRows(dataset, rows_per_step, args.num_train_epochs, args.max_steps, args.seed)
+    attempt("lr_scheduler_kwargs", json.loads)
+    attempt("lr_scheduler_type", check_schedule, args, rows.num_steps)
+    checkpoint = attempt("resume_from_checkpoint", find_checkpoint, args.output_dir, resume_settings(args, rows))
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return config, tokenizer, rows, eval_dataset, checkpoint
+
+
+def check_numbers(args: Arguments) -> list[str]:
+    """The numbers that are not what their flag's limit says."""
+    mistakes = []
+    for argument in fields(args):
+        value = getattr(args, argument.name)
+        limit = argument.metadata.get("metavar")
+        if limit is None or value is None:
+            continue
+        is_allowed = value > 0 or (limit == ">= 0" and value == 0)
+        if not is_allowed or math.isinf(value):
+            mistakes.append(f"--{argument.name} {value}: must be {limit}")
+    return mistakes
+
+
+def check_machine(args: Arguments) -> list[str]:
+    """The output folder can be written, and each process has a GPU or was told to use the CPU."""
+    mistakes = []
+    output_dir = Path(args.output_dir).absolute()
+    folder = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        mistakes.append(f"--output_dir {args.output_dir}: {folder} is not a writable folder; choose another")
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    num_gpus = torch.cuda.device_count()
+    if num_processes > max(1, num_gpus) and not args.use_cpu:
+        mistakes.append(f"--use_cpu False: {num_processes} processes need as many GPUs, and there are {num_gpus}")
+    return mistakes
+
+
+def check_launcher() -> list[str]:
+    """torchrun sets all of these; with a part of them, some rows would go to processes that do not exist."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    for name in ("RANK", "WORLD_SIZE"):
+        if name in os.environ and missing:
+            return [f"{name} is set and {', '.join(missing)} not: start the script by torchrun, or unset {name}"]
+    return []
 
 
 def load_config(path: str):
-    """Configuration and tokenizer of the model in folder `path` or on the hub."""
+    """The configuration of the model in folder `path` or on the hub."""
     if not Path(path).is_dir() and path.startswith((".", "/", "~", "models/", "outputs/")):
         raise FileNotFoundError("no such folder; bash scripts/quickstart.sh fetches the sample model")
     if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
         raise FileNotFoundError("no .safetensors file in it; name the folder of a whole model")
-    return AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    return AutoConfig.from_pretrained(path)
+
+
+def check_layers(path: str, config, num_stages: int) -> None:
+    """The model is of a known kind, and each stage has a layer."""
+    if config.model_type not in MODEL_TYPES or config.num_hidden_layers < num_stages:
+        raise ValueError(f"{config.num_hidden_layers} {config.model_type} layers cannot be {num_stages} stages; start "
+                         f"fewer, or choose from {', '.join(MODEL_TYPES)}")  # fmt: skip
+
+
+def check_adapter(lora_used: bool, args: Arguments, config) -> None:
+    """A rehearsal without weights: every stage must have something to train."""
+    adapted = add_adapter(args, make_skeleton(config)).base_model.targeted_module_names
+    for name in args.lora_target_modules.split(","):
+        name = name.strip()
+        if name == "all-linear":
+            name = "q_proj"  # one of all
+        if sum(f".{path}".endswith(f".{name}") for path in adapted) < config.num_hidden_layers:
+            raise ValueError(f"--lora_target_modules {name} is no part of every layer of the model")
+
+
+def check_attention(kernel: str, config, args: Arguments) -> None:
+    """The machine has the kernel: transformers is asked, by a model without weights."""
+    num_gpus = torch.cuda.device_count()
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    on_gpu = num_gpus > 0 and not args.use_cpu
+    if kernel == "flex_attention" and not (on_gpu and num_gpus <= num_processes):
+        raise ValueError("it needs a GPU, and of several a process for each: its mask cannot follow layers to another")
+    if kernel.startswith("flash"):
+        if not on_gpu or not computes_in_bf16(args) or not args.padding_free:
+            raise ValueError("it needs a GPU, bf16 and --padding_free True; auto runs anywhere")
+        make_skeleton(config, kernel)  # raises what else it needs, such as a package
+
+
+def make_skeleton(config, kernel: str | None = None) -> torch.nn.Module:
+    """The model without weights: its names and shapes."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
+
+
+def computes_in_bf16(args: Arguments) -> bool:
+    """Whether to compute in bf16: where the hardware is slow at it, it is tens of times slower than float32."""
+    if args.bf16 != "auto":
+        return args.bf16 == "True"
+    if torch.cuda.device_count() > 0 and not args.use_cpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Private in PyTorch, which has no public name for the same questions.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def check_schedule(name: str, args: Arguments, num_steps: int) -> None:
+    """A rehearsal of the schedule on one weight."""
+    if name in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError("it follows an evaluation, and the rate of this script follows the step alone")
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=args.learning_rate)
+    try:
+        make_schedule(args, optimizer, num_steps)
+    except (TypeError, KeyError, AttributeError) as problem:
+        raise ValueError(f"{problem}; --lr_scheduler_kwargs {args.lr_scheduler_kwargs} takes more settings") from None
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -144,26 +283,19 @@ def load_config(path: str):
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def make_skeleton(config):
-    """The model without weights: its names and shapes."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
 def add_adapter(args: Arguments, model: torch.nn.Module) -> peft.PeftModel:
-    """Freezes `model` and puts a new adapter on it."""
-    targets = [name.strip() for name in args.lora_target_modules.split(",")]
-    lora = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-    lora["target_modules"] = "all-linear" if "all-linear" in targets else targets
-    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
-
-
-def check_adapter(lora_used: bool, args: Arguments, config) -> None:
-    """A rehearsal without weights: every stage must have something to train."""
-    paths = add_adapter(args, make_skeleton(config)).base_model.targeted_module_names if lora_used else []
-    for target in args.lora_target_modules.replace("all-linear", "q_proj").split(","):
-        if paths and sum(f".{path}".endswith(f".{target.strip()}") for path in paths) < config.num_hidden_layers:
-            raise ValueError(f"--lora_target_modules {target} is no part of every layer of the model")
+    """Freezes `model` and puts a new LoRA adapter on it (arXiv:2106.09685)."""
+    target_modules = [name.strip() for name in args.lora_target_modules.split(",")]
+    if "all-linear" in target_modules:
+        target_modules = "all-linear"
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=target_modules,
+    )
+    return peft.get_peft_model(model, config)
 
 
 def place_layers(num_layers: int, num_stages: int, head_cost: float) -> list[range]:
@@ -172,20 +304,23 @@ def place_layers(num_layers: int, num_stages: int, head_cost: float) -> list[ran
     Args:
         head_cost: work of the last stage's head, in layers.
     """
+    if num_stages == 1:
+        return [range(num_layers)]
 
-    def slowest(last: int) -> float:
-        return max(math.ceil((num_layers - last) / (num_stages - 1)), last + head_cost)
+    def slowest(num_last: int) -> float:
+        """The work of the slowest stage, in layers, when the last stage has so many layers beside the head."""
+        return max(math.ceil((num_layers - num_last) / (num_stages - 1)), num_last + head_cost)
 
-    last = min(range(1, num_layers - num_stages + 2), key=slowest) if num_stages > 1 else num_layers
+    num_last = min(range(1, num_layers - num_stages + 2), key=slowest)
     # The larger blocks are the later ones: the first stage has the embedding and the most micro-batches in flight.
-    starts = [(num_layers - last) * i // (num_stages - 1) for i in range(num_stages - 1)] + [num_layers - last]
-    return [range(*block) for block in zip(starts, [*starts[1:], num_layers], strict=True)]
+    borders = [(num_layers - num_last) * i // (num_stages - 1) for i in range(num_stages)] + [num_layers]
+    return [range(borders[i], borders[i + 1]) for i in range(num_stages)]
 
 
-class Elsewhere(torch.nn.Module):
+class AbsentLayer(torch.nn.Module):
     """Stands for a layer that another rank owns, so that every layer keeps its number and its name."""
 
-    def forward(self, hidden_states: torch.Tensor, **_) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         return hidden_states
 
 
@@ -196,34 +331,45 @@ class Stage:
     sum of what either saw, so they stay equal.
     """
 
-    _keys_to_ignore_on_load_unexpected = [""]  # what other ranks load
-
-    def __init__(self, config, layers: range):
+    def __init__(self, config, layers: range, bf16: bool):
         super().__init__(config)
-        self.rank, self.num_stages = dist.get_rank(), dist.get_world_size()
-        self.is_first, self.is_last = self.rank == 0, self.rank == self.num_stages - 1
-        for i in set(range(config.num_hidden_layers)) - set(layers):
-            self.model.layers[i] = Elsewhere()
+        self.bf16 = bf16
+        self.rank = dist.get_rank()
+        self.num_stages = dist.get_world_size()
+        self.is_first = self.rank == 0
+        self.is_last = self.rank == self.num_stages - 1
+        # What the files hold for other stages; whatever else is not expected is reported. The name is transformers'.
+        others = set()
+        for i in range(config.num_hidden_layers):
+            if i not in layers:
+                self.model.layers[i] = AbsentLayer()
+                others.add(rf"^model\.layers\.{i}\.")
         if not self.is_first:
-            self.model.embed_tokens = Elsewhere()
+            self.model.embed_tokens = AbsentLayer()
+            others.add(r"^model\.embed_tokens\.")
         if not self.is_last:
-            self.model.norm, self.lm_head = Elsewhere(), Elsewhere()
+            self.model.norm = AbsentLayer()
+            self.lm_head = AbsentLayer()
+            others.update([r"^model\.norm\.", r"^lm_head\."])
+        self._keys_to_ignore_on_load_unexpected = others
 
-    def forward(self, inputs: torch.Tensor, labels: torch.Tensor, **context: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor, **context) -> torch.Tensor:
         """One micro-batch.
 
         Args:
             inputs: token ids [rows, length] on the first stage, elsewhere hidden states [rows, length, hidden size].
             labels: [rows, length], used by the last stage.
-            context: `attention_mask` or `position_ids` [rows, length].
+            context: `attention_mask` or `position_ids` [rows, length], and the borders of documents.
 
         Returns:
             The hidden states for the next stage, or on the last one the summed loss of the targets.
         """
+        input_name = "inputs_embeds"
+        if self.is_first:
+            input_name = "input_ids"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            inputs = {"input_ids" if self.is_first else "inputs_embeds": inputs}
             # With a cache, transformers would not notice that a row holds several documents.
-            hidden = self.model(**inputs, **context, use_cache=False).last_hidden_state
+            hidden = self.model(**{input_name: inputs}, **context, use_cache=False).last_hidden_state
             if not self.is_last:
                 return hidden
             has_target = labels[:, 1:] != IGNORE_INDEX  # the head, as large as several layers, sees no other position
@@ -231,42 +377,109 @@ class Stage:
             return torch.nn.functional.cross_entropy(logits, labels[:, 1:][has_target], reduction="sum")
 
 
-def load_stage(args: Arguments, config, sampler: RowSampler, device: torch.device):
-    """Returns (stage, the model that is saved); a rank reads no other weights than its own."""
-    rank, num_stages, skeleton = dist.get_rank(), dist.get_world_size(), make_skeleton(config)
-    # A multiplication costs what its matrix holds, and the head sees only the positions with a target.
-    head, layer = (sum(p.numel() for p in m.parameters()) for m in (skeleton.lm_head, skeleton.model.layers[0]))
-    labels = make_batch(args, sampler.dataset, sampler.draws_of(0), args.per_device_train_batch_size)["labels"]
-    target_share = (labels != IGNORE_INDEX).float().mean().item()
-    layers = place_layers(config.num_hidden_layers, num_stages, target_share * head / layer)[rank]
+@dataclass
+class StageWeights:
+    """What this rank trains."""
 
-    bf16 = data_collator.use_bf16(args.bf16, args.use_cpu)
+    trained: dict[str, torch.nn.Parameter]  # by their names in the whole model
+    owned: dict[str, torch.nn.Parameter]  # the same without the copy that a tied head is
+    ends: dist.ProcessGroup | None  # the first and the last stage, which sum the gradients of a tied embedding
+
+
+def balance_layers(args: Arguments, config, rows: TrainingRows) -> range:
+    """The layers of this rank. A product costs what its matrix holds; the head sees only positions with a target."""
+    skeleton = make_skeleton(config)
+    head_size = sum(parameter.numel() for parameter in skeleton.lm_head.parameters())
+    layer_size = sum(parameter.numel() for parameter in skeleton.model.layers[0].parameters())
+    labels = make_batch(args, rows.step(0), args.per_device_train_batch_size)["labels"]
+    target_share = (labels != IGNORE_INDEX).float().mean().item()
+    head_cost = target_share * head_size / layer_size
+    return place_layers(config.num_hidden_layers, dist.get_world_size(), head_cost)[dist.get_rank()]
+
+
+def load_stage(args: Arguments, config, rows: TrainingRows, device: torch.device):
+    """Returns (stage, its StageWeights, the model that is saved); a rank reads no other weights than its own."""
+    rank = dist.get_rank()
+    num_stages = dist.get_world_size()
+    skeleton = make_skeleton(config)
+    layers = balance_layers(args, config, rows)
+    dtype = torch.float32  # of what is trained: in bf16 small steps would vanish
+    if args.lora_used and computes_in_bf16(args):
+        dtype = torch.bfloat16
+    kernel = args.attn_implementation
+    if kernel == "auto":
+        kernel = None  # transformers' choice
     is_tied = config.tie_word_embeddings and num_stages > 1
-    config.tie_word_embeddings &= not is_tied  # here: transformers would look for the other end
-    loading = {"dtype": torch.bfloat16 if bf16 and args.lora_used else torch.float32}  # small steps vanish in bf16
-    loading["attn_implementation"] = None if args.attn_implementation == "auto" else args.attn_implementation
-    loading["key_mapping"] = {"model.embed_tokens": "lm_head"} if is_tied and rank == num_stages - 1 else None
+    key_mapping = None
+    if is_tied:
+        config.tie_word_embeddings = False  # on this rank: transformers would look for the other end
+        if rank == num_stages - 1:
+            key_mapping = {"model.embed_tokens": "lm_head"}
     stage_class = type(type(skeleton).__name__, (Stage, type(skeleton)), {})
-    stage = stage_class.from_pretrained(args.model_path, layers, config=config, use_safetensors=True, **loading)
-    model, stage.bf16 = data_collator.attend_by_document(stage, asdict(args)), bf16
+    stage, loading = stage_class.from_pretrained(
+        args.model_path,
+        layers,
+        computes_in_bf16(args),
+        config=config,
+        dtype=dtype,
+        attn_implementation=kernel,
+        key_mapping=key_mapping,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    check_loading(args, loading)
+    if args.attn_implementation == "auto" and args.padding_free:
+        data_collator.attend_inside_documents(stage)
     if args.gradient_checkpointing:
-        stage.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        stage.activation_checkpointing_enable({"use_reentrant": False})
+    if args.torch_compile:
+        compile_layers(stage)
+    model = stage
+    saved_model = stage
     if args.lora_used:
         for turn in range(num_stages):  # each goes on with the random numbers where the one before stopped
             if turn == rank:
                 model = add_adapter(args, stage)
-            dist.broadcast(random_state := torch.get_rng_state(), turn)
+            random_state = torch.get_rng_state()
+            dist.broadcast(random_state, turn)
             torch.set_rng_state(random_state)
+        # PEFT saves nothing but what a model has: the one with all layers, without weights, stands for all stages.
+        saved_model = add_adapter(args, skeleton)
     torch.manual_seed(args.seed + rank)  # every stage draws its own dropout
     stage.to(device)
-    if args.torch_compile:
-        stage.compile()
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    stage.trained = {EMBEDDING if is_tied and name == HEAD else name: weight for name, weight in trained.items()}
-    stage.owned = {name: weight for name, weight in stage.trained.items() if name in trained}  # without the copy
-    stage.ends = dist.new_group([0, num_stages - 1]) if is_tied and not args.lora_used else None
-    # PEFT saves nothing but what a model has: the one with all layers, without weights, stands for all stages.
-    return stage, add_adapter(args, skeleton) if args.lora_used else stage
+    return stage, find_weights(args, model, is_tied), saved_model
+
+
+def find_weights(args: Arguments, model: torch.nn.Module, is_tied: bool) -> StageWeights:
+    trained = {}
+    owned = {}
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
+        if is_tied and name == HEAD:
+            trained[EMBEDDING] = weight  # the copy
+        else:
+            trained[name] = weight
+            owned[name] = weight
+    ends = None
+    if is_tied and not args.lora_used:
+        ends = dist.new_group([0, dist.get_world_size() - 1])
+    return StageWeights(trained, owned, ends)
+
+
+def check_loading(args: Arguments, loading: dict) -> None:
+    """transformers draws weights that the files lack at random, and only prints a report."""
+    lacking = sorted(loading["missing_keys"]) + sorted(str(key[0]) for key in loading["mismatched_keys"])
+    if lacking:
+        sys.exit(f"error: --model_path {args.model_path}: its files lack {len(lacking)} tensors that the model needs, "
+                 f"or hold them in another shape: {', '.join(lacking[:3])}; download it again")  # fmt: skip
+
+
+def compile_layers(model: torch.nn.Module) -> None:
+    """Compiles the decoder layers, which are alike: one graph for all of them, and for rows of any length."""
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:
+            module.compile(dynamic=True)
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -274,32 +487,59 @@ def load_stage(args: Arguments, config, sampler: RowSampler, device: torch.devic
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(args: Arguments, model: torch.nn.Module, num_steps: int):
-    """AdamW in one fused kernel; warm-up, then the schedule. Vectors (norms and biases) are never decayed."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": args.weight_decay}
-    vectors = {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([matrices, vectors], lr=args.learning_rate, fused=True)
-    warmup_steps = math.ceil(args.warmup_steps * (num_steps if args.warmup_steps < 1 else 1))
-    return optimizer, get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, num_steps)
+def make_optimizer(args: Arguments, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW in one fused kernel. Vectors (norms and biases) are never decayed."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
 
 
-def make_batch(args: Arguments, dataset: TokenizedDataset, draws, size: int) -> dict[str, torch.Tensor]:
-    """The micro-batches of a step, of `size` rows each, one below the other: stages want them all in one shape.
+def make_schedule(args: Arguments, optimizer: torch.optim.Optimizer, num_steps: int):
+    """Warm-up, then the schedule."""
+    warmup_steps = args.warmup_steps
+    if warmup_steps < 1:
+        warmup_steps *= num_steps
+    return get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=math.ceil(warmup_steps),
+        num_training_steps=num_steps,
+        scheduler_specific_kwargs=json.loads(args.lr_scheduler_kwargs),
+    )
+
+
+def make_batch(args: Arguments, rows: list[dict], micro_batch_size: int) -> dict:
+    """The micro-batches of a step one below the other: stages want them all in one shape.
 
     Returns:
         `input_ids`, `labels` and `attention_mask` or `position_ids` [rows, length]; padding-free, a micro-batch is one
-        row. Rows without target complete the last micro-batches of an epoch.
+        row, and the borders of its documents are `cu_seq_lens_q`, `cu_seq_lens_k` [micro-batches, documents + 1], with
+        `max_length_q` and `max_length_k` for all of them.
     """
-    num_rows = size * args.gradient_accumulation_steps
-    rows = [dataset[draw] for draw in [*draws, *[FILLER] * (num_rows - len(draws))]]
-    if args.padding_free:
-        joined = [DataCollator(True)(rows[first : first + size]) for first in range(0, num_rows, size)]
-        rows = [{name: batch[name][0] for name in ("input_ids", "labels", "position_ids")} for batch in joined]
-    return DataCollator(False)(rows)
+    if not args.padding_free:
+        return DataCollator(padding_free=False)(rows)
+    joined = []
+    starts = []
+    for first in range(0, len(rows), micro_batch_size):
+        batch = DataCollator(padding_free=True)(rows[first : first + micro_batch_size])
+        joined.append({name: batch[name][0] for name in ("input_ids", "labels", "position_ids")})
+        starts.append(batch["cu_seq_lens_q"])
+    batch = DataCollator(padding_free=False)(joined)  # the padding of a row is one more document
+    length = batch["input_ids"].shape[1]
+    borders = torch.nn.utils.rnn.pad_sequence(starts, batch_first=True, padding_value=length)
+    borders = torch.nn.functional.pad(borders, (0, 1), value=length)
+    batch["cu_seq_lens_q"] = borders
+    batch["cu_seq_lens_k"] = borders
+    batch["max_length_q"] = int(borders.diff().max())
+    batch["max_length_k"] = batch["max_length_q"]
+    return batch
 
 
-def run_pipeline(args: Arguments, stage: Stage, batch: dict[str, torch.Tensor], num_targets: int) -> float:
+def run_pipeline(args: Arguments, stage: Stage, batch: dict, num_targets: int) -> float:
     """Forward, and where gradients are enabled backward, of all micro-batches.
 
     The schedule is new in every step and told the shapes: one that infers them takes another length for an error.
@@ -307,18 +547,32 @@ def run_pipeline(args: Arguments, stage: Stage, batch: dict[str, torch.Tensor], 
     Returns:
         On the last stage the summed loss of all targets, divided by `num_targets`; elsewhere 0.
     """
-    batch = {name: tensor.to(stage.device) for name, tensor in batch.items()}
-    ids = batch["input_ids"].chunk(args.gradient_accumulation_steps)[0]
+    batch = data_collator.move_to_device(batch, stage.device)
+    input_ids = batch.pop("input_ids")
+    ids = input_ids.chunk(args.gradient_accumulation_steps)[0]
     hidden = torch.empty(*ids.shape, stage.config.hidden_size, dtype=stage.dtype, requires_grad=True, device="meta")
     loss = torch.empty((), requires_grad=True, device="meta")
-    shapes = ids if stage.is_first else hidden, loss if stage.is_last else hidden
-    part = PipelineStage(stage, stage.rank, stage.num_stages, stage.device, *shapes)
-    kind = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}[args.pipeline_schedule]
+    input_shape = hidden
+    inputs = []  # the other stages get theirs from the one before
+    if stage.is_first:
+        input_shape = ids
+        inputs = [input_ids]
+    output_shape = hidden
+    if stage.is_last:
+        output_shape = loss
+    part = PipelineStage(stage, stage.rank, stage.num_stages, stage.device, input_shape, output_shape)
+    schedule_class = Schedule1F1B
+    if args.pipeline_schedule == "gpipe":
+        schedule_class = ScheduleGPipe
     # The loss is divided once by the targets of the whole step, and not again by the number of micro-batches.
-    schedule = kind(part, args.gradient_accumulation_steps, lambda loss, labels: loss / num_targets, scale_grads=False)
-    first, losses = [batch.pop("input_ids")] * stage.is_first, []  # the other stages get theirs from the one before
-    run = schedule.step if torch.is_grad_enabled() else schedule.eval
-    run(*first, **batch, target=batch["labels"], losses=losses, return_outputs=False)
+    schedule = schedule_class(
+        part, args.gradient_accumulation_steps, lambda loss, labels: loss / num_targets, scale_grads=False
+    )
+    losses = []
+    run = schedule.eval
+    if torch.is_grad_enabled():
+        run = schedule.step
+    run(*inputs, **batch, target=batch["labels"], losses=losses, return_outputs=False)
     return sum(loss.item() for loss in losses)
 
 
@@ -326,120 +580,357 @@ def run_pipeline(args: Arguments, stage: Stage, batch: dict[str, torch.Tensor], 
 def evaluate(args: Arguments, stage: Stage, dataset: TokenizedDataset) -> float:
     """Loss per target token over the whole set."""
     stage.eval()
-    total, size = torch.zeros(2, dtype=torch.float64), args.per_device_eval_batch_size
-    for draws in torch.arange(len(dataset)).split(size * args.gradient_accumulation_steps):
-        batch = make_batch(args, dataset, draws.tolist(), size)
-        total += torch.tensor([run_pipeline(args, stage, batch, 1), data_collator.num_targets(batch)])
+    total = torch.zeros(2, dtype=torch.float64)
+    micro_batch_size = args.per_device_eval_batch_size
+    num_rows = micro_batch_size * args.gradient_accumulation_steps
+    for start in range(0, len(dataset), num_rows):
+        rows = [dataset[i] for i in range(start, min(start + num_rows, len(dataset)))]
+        while len(rows) < num_rows:
+            rows.append(data_collator.filler_row(dataset.packed))
+        batch = make_batch(args, rows, micro_batch_size)
+        loss = run_pipeline(args, stage, batch, 1)
+        total += torch.tensor([loss, data_collator.num_targets(batch)])
     stage.train()
-    dist.all_reduce(loss := total[:1].to(stage.device))  # the last stage knows it
+    loss = total[:1].to(stage.device)
+    dist.all_reduce(loss)  # the last stage knows it
     return loss.item() / total[1].item()
 
 
-def train(args: Arguments, stage: Stage, sampler, eval_dataset, checkpoint) -> tuple[int, Path, str]:
-    """Trains from the checkpoint, if any.
-
-    Returns:
-        The number of tokens that this took, the last checkpoint, and what ended the training early.
-    """
-    num_steps = sampler.num_steps(args)
-    optimizer, lr_scheduler = make_optimizer(args, stage, num_steps)
-    fresh = {"global_step": 0, "num_input_tokens_seen": 0, "log_history": []}
-    state = load_checkpoint(checkpoint, stage, optimizer, lr_scheduler) if checkpoint else fresh
-    step, message = state["global_step"], ""
-    tokens = tokens_before = state["num_input_tokens_seen"]
+def train(args: Arguments, stage: Stage, weights: StageWeights, rows, eval_dataset, checkpoint):
+    """Trains from the checkpoint, if any, until the last step or SIGTERM; returns (state, last checkpoint)."""
+    optimizer = make_optimizer(args, stage)
+    lr_scheduler = make_schedule(args, optimizer, rows.num_steps)
+    state = {"global_step": 0, "num_input_tokens_seen": 0, "log_history": []}
+    if checkpoint:
+        state = load_checkpoint(checkpoint, stage, weights, optimizer, lr_scheduler)
+    step = state["global_step"]
     terminated = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())  # by which a cluster preempts a job
-    is_shown = stage.is_first and args.report_to == "tensorboard"
-    writer = SummaryWriter(f"{args.output_dir}/runs", purge_step=step + 1) if is_shown else None
-    progress = tqdm(total=num_steps, initial=step, desc="training", unit="step", disable=not stage.is_first)
+    writer = None
+    if stage.is_first and args.report_to == "tensorboard":
+        writer = SummaryWriter(f"{args.output_dir}/runs", purge_step=step + 1)
+    progress = tqdm(total=rows.num_steps, initial=step, desc="training", unit="step", disable=not stage.is_first)
+    is_stopped = False
     stage.train()
-    while step < num_steps and not message:
-        draws = sampler.draws_of(step)
-        batch = make_batch(args, sampler.dataset, draws, args.per_device_train_batch_size)
-        num_tokens = sum(map(sampler.dataset.num_tokens, draws))
+    while step < rows.num_steps and not is_stopped:
+        batch = make_batch(args, rows.step(step), args.per_device_train_batch_size)
         loss = run_pipeline(args, stage, batch, data_collator.num_targets(batch))
-        if stage.ends and EMBEDDING in stage.trained:
-            dist.all_reduce(stage.trained[EMBEDDING].grad, group=stage.ends)
-        squared_norm = torch.nn.utils.get_total_norm([weight.grad for weight in stage.owned.values()]).item() ** 2
+        if weights.ends and EMBEDDING in weights.trained:
+            dist.all_reduce(weights.trained[EMBEDDING].grad, group=weights.ends)
+        own_norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights.owned.values()]).item()
         # The last stage knows the loss, each its own gradients, and a signal may reach them in different steps.
-        totals = torch.tensor([loss, squared_norm, terminated.is_set()], dtype=torch.float64, device=stage.device)
+        totals = torch.tensor([loss, own_norm**2, terminated.is_set()], dtype=torch.float64, device=stage.device)
         dist.all_reduce(totals)
-        loss, grad_norm = totals[0].item(), math.sqrt(totals[1].item())
+        loss = totals[0].item()
+        grad_norm = math.sqrt(totals[1].item())
+        is_stopped = totals[2].item() > 0
         if not math.isfinite(loss + grad_norm):
-            message = f"error: step {step + 1} has loss {loss} and gradient norm {grad_norm}; the weights were not "
-            return 0, checkpoint, message + "updated, and checkpoints saved before are good; lower --learning_rate"
+            stop(f"error: step {step + 1} has loss {loss} and gradient norm {grad_norm}; the weights were not updated, "
+                 "and checkpoints saved before are good; lower --learning_rate")  # fmt: skip
         torch.nn.utils.clip_grads_with_norm_(stage.parameters(), args.max_grad_norm, torch.tensor(grad_norm))
-        step, tokens = step + 1, tokens + num_tokens
-        log = {"step": step, "epoch": step / sampler.steps_per_epoch, "loss": loss, "grad_norm": grad_norm}
-        log |= {"learning_rate": optimizer.param_groups[0]["lr"], "num_input_tokens_seen": tokens}
+        learning_rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad()
-        state |= {"global_step": step, "num_input_tokens_seen": tokens}
 
+        state["num_input_tokens_seen"] += rows.num_tokens(step)
+        step += 1
+        state["global_step"] = step
+        is_last = step == rows.num_steps or is_stopped
+        log = {
+            "step": step,
+            "epoch": step / rows.steps_per_epoch,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "num_input_tokens_seen": state["num_input_tokens_seen"],
+        }
         progress.set_postfix_str(f"loss {loss:.4f}")
         progress.update()
-        if totals[2] > 0:
-            message = f"SIGTERM: step {step} is saved; --resume_from_checkpoint True goes on from there"
-        if eval_dataset and (step % args.eval_steps == 0 or step == num_steps):
+        if eval_dataset and (step % args.eval_steps == 0 or step == rows.num_steps):
             log["eval_loss"] = evaluate(args, stage, eval_dataset)
-        if step % args.logging_steps == 0 or step == num_steps or "eval_loss" in log or message:
+        if step % args.logging_steps == 0 or is_last or "eval_loss" in log:
             state["log_history"].append(log)
-            # Memory is for TensorBoard alone: a resumed run's history stays that of an uninterrupted one.
-            for name, value in (log | {"peak_memory_bytes": data_collator.peak_memory()}).items() if writer else ():
-                writer.add_scalar(f"train/{name}", value, step)
-        if step % args.save_steps == 0 or step == num_steps or message:
-            checkpoint = save_checkpoint(args, stage, optimizer, sampler, state)
+            write_curve(writer, log)
+        if step % args.save_steps == 0 or is_last:
+            checkpoint = save_checkpoint(args, stage, weights, optimizer, rows, state)
     if writer:
         writer.close()
-    return tokens - tokens_before, checkpoint, message
+    return state, checkpoint
+
+
+def write_curve(writer: SummaryWriter | None, log: dict) -> None:
+    """Memory is for TensorBoard alone: a resumed run's history stays that of an uninterrupted one."""
+    if writer is None:
+        return
+    for name, value in log.items():
+        writer.add_scalar(f"train/{name}", value, log["step"])
+    writer.add_scalar("train/peak_memory_bytes", peak_memory(), log["step"])
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has held on its GPUs, or in host memory without one."""
+    on_gpus = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return on_gpus or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # -------------------------------------------------------------------------------------------------------------------
-# Saving and resuming: a checkpoint is valid only with complete.json, which is written last
+# Saving: a checkpoint is written beside, synced, and then renamed, so that one with its name is complete
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(args: Arguments, stage: Stage, optimizer, sampler: RowSampler, state: dict) -> Path:
+def save_checkpoint(args: Arguments, stage: Stage, weights: StageWeights, optimizer, rows, state: dict) -> Path:
     """Every rank writes what is trained on its stage, and reads it back."""
-    folder = Path(args.output_dir) / f"checkpoint-{state['global_step']}"
+    folder = Path(args.output_dir) / ".writing" / f"checkpoint-{state['global_step']}"
     if stage.is_first:
-        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
-        folder.mkdir(parents=True)
+        start_checkpoint(args, state["global_step"])
     dist.barrier()
-    parts = {f"random.{stage.rank}": (torch if args.use_cpu else torch.cuda).get_rng_state()}
-    for name, weight in stage.owned.items():
-        values = {"weight": weight.detach()} | optimizer.state[weight]
-        parts |= {f"{key}.{name}": value.cpu().contiguous() for key, value in values.items()}
-    save_file(parts, folder / f"stage-{stage.rank + 1:05}-of-{stage.num_stages:05}.safetensors")
-    dist.barrier()
-    data_collator.verify(folder, parts)
+    parts = {f"random.{stage.rank}": torch.get_rng_state()}
+    if stage.device.type == "cuda":
+        parts = {f"random.{stage.rank}": torch.cuda.get_rng_state()}
+    for name, weight in weights.owned.items():
+        parts[f"weight.{name}"] = weight.detach().cpu().contiguous()
+        for key, value in optimizer.state[weight].items():
+            parts[f"{key}.{name}"] = value.cpu().contiguous()
+    path = folder / f"stage-{stage.rank + 1:05}-of-{stage.num_stages:05}.safetensors"
+    save_file(parts, path)
+    check_saved([path], parts)
     dist.barrier()
     if stage.is_first:
         assert len(list(folder.glob("stage-*"))) == stage.num_stages, "all machines must see the same --output_dir"
         (folder / "trainer_state.json").write_text(json.dumps(state, indent=2))
-        data_collator.complete_checkpoint(folder, sampler)
-    dist.barrier()  # nobody leaves before it is complete
-    return folder
+        publish_checkpoint(args, folder, resume_settings(args, rows))
+    dist.barrier()  # no process leaves before it is in its place
+    return Path(args.output_dir) / folder.name
+
+
+def check_saved(paths: list[Path], trained: dict[str, torch.Tensor]) -> None:
+    """Reads back every tensor of the safetensors files, one at a time, and compares it with `trained`.
+
+    Raises:
+        OSError: a tensor is missing or differs.
+    """
+    unsaved = dict(trained)
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                if name in unsaved and torch.equal(file.get_tensor(name), unsaved[name]):
+                    del unsaved[name]
+    if unsaved:
+        raise OSError(f"{paths[0].parent}: {', '.join(unsaved)} was not saved as it was trained")
+
+
+def save_model(args: Arguments, model, tokenizer, checkpoint: Path, folder: Path) -> None:
+    """Joins the stages' files in Hugging Face's or PEFT's format; every tensor is read back and compared."""
+    trained = {}
+    for name, tensor in read_stages(checkpoint).items():
+        if name.startswith("weight."):
+            trained[name.removeprefix("weight.")] = tensor
+    model.config.tie_word_embeddings = HEAD not in trained
+    model.save_pretrained(folder, state_dict=dict(trained), save_embedding_layers=False)
+    tokenizer.save_pretrained(folder)
+    shutil.copy(checkpoint / "trainer_state.json", folder)
+    if args.lora_used:
+        save_file(trained, folder / "trainable.safetensors")
+        for name in list(trained):
+            trained[name.replace(".default.", ".")] = trained[name]  # PEFT's name
+    check_saved(list(folder.glob("*.safetensors")), trained)
 
 
 def read_stages(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The tensors of all stages by name, as views of the files: only what is used is read."""
-    return {name: tensor for path in checkpoint.glob("stage-*") for name, tensor in load_file(path).items()}
+    parts = {}
+    for path in checkpoint.glob("stage-*"):
+        parts.update(load_file(path))
+    return parts
 
 
-def load_checkpoint(checkpoint: Path, stage: Stage, optimizer, lr_scheduler) -> dict:
+def start_checkpoint(args: Arguments, step: int) -> Path:
+    """An empty folder to write a checkpoint in; whatever an interrupted run left there goes."""
+    folder = Path(args.output_dir) / ".writing" / f"checkpoint-{step}"
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def publish_checkpoint(args: Arguments, written: Path, settings: dict) -> None:
+    """Moves a written checkpoint to its place when all of it is on the disk, and deletes those beyond the limit."""
+    sizes = {str(path.relative_to(written)): path.stat().st_size for path in written.rglob("*") if path.is_file()}
+    (written / "settings.json").write_text(json.dumps({"settings": settings, "file_sizes": sizes}, indent=2))
+    for path in (*written.rglob("*"), written):
+        sync_to_disk(path)
+    checkpoint = Path(args.output_dir) / written.name
+    if checkpoint.exists():  # of a run that went on from an older one
+        delete_checkpoint(checkpoint)
+    written.rename(checkpoint)
+    sync_to_disk(checkpoint.parent)
+    for outdated in list_checkpoints(args.output_dir)[args.save_total_limit :]:
+        delete_checkpoint(outdated)
+
+
+def sync_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Renames it first: a half-deleted folder must not look like a checkpoint."""
+    doomed = folder.parent / ".deleting"
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def write_receipt(args: Arguments, rows: TrainingRows, device: torch.device, num_tokens: int, seconds: float) -> None:
+    """Writes run.json, the last file of a run: what was run, on what, with which versions and data.
+
+    All processes call it, each with its own device; the first one writes.
+    """
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (str(device), peak_memory()))
+    if dist.get_rank() > 0:
+        return
+    # A slim image may lack git.
+    command = [shutil.which("git") or "false", "rev-parse", "--verify", "HEAD"]
+    commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    packages = ("accelerate", "bitsandbytes", "datasets", "deepspeed", "peft", "safetensors", "torch", "transformers")
+    receipt = {
+        "command": sys.argv,
+        "arguments": asdict(args),
+        "versions": {name: version(name) for name in packages if name in sys.modules},
+        "git_commit": commit or None,
+        "dataset": rows.dataset.ledger,
+        "identity": resume_settings(args, rows),
+        "world_size": len(ranks),
+        "devices": [device for device, _ in ranks],
+        "peak_memory_bytes": [memory for _, memory in ranks],
+        "wall_time_seconds": seconds,
+        "tokens_per_second": num_tokens / seconds,
+    }
+    path = Path(args.output_dir) / "run.json"
+    path.with_suffix(".tmp").write_text(json.dumps(receipt, indent=2, ensure_ascii=False), encoding="utf-8")
+    path.with_suffix(".tmp").rename(path)
+    print(f"saved {args.output_dir}")
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Resuming
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def resume_settings(args: Arguments, rows: TrainingRows) -> dict:
+    """What a resumed run must share with the interrupted one, or it would be another run."""
+    settings = {
+        "script": Path(__file__).name,
+        "dataset_sha256": rows.dataset.ledger.get("sha256"),
+        "num_rows": len(rows.dataset),
+        "rows_per_step": rows.rows_per_step,
+    }
+    if args.random_passage:
+        settings["passage_length"] = args.passage_length
+    for name in SHARED_BY_RESUMED:
+        settings[name] = getattr(args, name)
+    return settings
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The folders checkpoint-<step>, newest first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def find_checkpoint(choice: str, output_dir: str, settings: dict) -> Path | None:
+    """The checkpoint to resume from, or None to start from the beginning.
+
+    Args:
+        choice: `True` for the newest usable one in `output_dir`, `False` for none, or a folder.
+        settings: of this run, as resume_settings gives them.
+
+    Raises:
+        ValueError: the folder is damaged, its run had other rows or settings, or output_dir holds a newer one.
+    """
+    if choice == "False":
+        return None
+    checkpoints = list_checkpoints(output_dir)
+    if choice != "True":
+        checkpoint = Path(choice)
+        damage = find_damage(checkpoint)
+        if damage:
+            raise ValueError(f"{damage}; name a complete checkpoint, or True for the newest in --output_dir")
+        newest = next((path for path in checkpoints if find_damage(path) is None), None)
+        if newest and newest.resolve() != checkpoint.resolve():
+            raise ValueError(f"the run would mix with {newest}; choose another --output_dir")
+        checkpoints = [checkpoint]
+    for checkpoint in checkpoints:
+        damage = find_damage(checkpoint)
+        if damage:
+            print(f"ignoring {checkpoint}: {damage}")
+            continue
+        before = read_settings(checkpoint)["settings"]
+        changed = {name: value for name, value in before.items() if value != settings.get(name)}
+        if changed:
+            raise ValueError(f"{checkpoint} belongs to a run with {changed}; resume with the same")
+        print(f"resuming from {checkpoint}")
+        return checkpoint
+    print(f"no complete checkpoint in {output_dir}: starting from the beginning")
+    return None
+
+
+def read_settings(checkpoint: Path) -> dict:
+    """`settings` of the run and `file_sizes` of a checkpoint; those of the toolkit's former layout alike."""
+    former = checkpoint / "complete.json"
+    if former.is_file():
+        complete = json.loads(former.read_text())
+        sizes = {name: file["bytes"] for name, file in complete["files"].items()}
+        return {"settings": complete["identity"], "file_sizes": sizes}
+    return json.loads((checkpoint / "settings.json").read_text())
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None: a file is missing, has another size or cannot be opened."""
+    if not (checkpoint / "settings.json").is_file() and not (checkpoint / "complete.json").is_file():
+        return "it has no settings.json, so it is not a checkpoint of this toolkit, or was never finished"
+    try:
+        sizes = read_settings(checkpoint)["file_sizes"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "its settings.json is damaged"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"missing or damaged: {name}"
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):  # compares the header with the file's size
+                    pass
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix in (".pt", ".bin", ".pth") and not zipfile.is_zipfile(path):  # what torch.save writes
+                return f"missing or damaged: {name}"
+        except (SafetensorError, ValueError):
+            return f"missing or damaged: {name}"
+    return None
+
+
+def load_checkpoint(checkpoint: Path, stage: Stage, weights: StageWeights, optimizer, lr_scheduler) -> dict:
     """Puts weights, optimizer, schedule and random numbers back; returns the state.
 
     A run may go on with another number of stages; only its dropout is then another.
     """
     parts = read_stages(checkpoint)
-    for name, weight in stage.trained.items():
+    for name, weight in weights.trained.items():
         weight.data.copy_(parts[f"weight.{name}"])
-        saved = {key: parts[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.state[weight] = {key: tensor.to(weight.device, copy=True) for key, tensor in saved.items()}
+        optimizer.state[weight] = {}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            optimizer.state[weight][key] = parts[f"{key}.{name}"].to(weight.device, copy=True)
     if len(list(checkpoint.glob("stage-*"))) == stage.num_stages:
-        (torch.cuda if stage.device.type == "cuda" else torch).set_rng_state(parts[f"random.{stage.rank}"])
+        random_state = parts[f"random.{stage.rank}"]
+        if stage.device.type == "cuda":
+            torch.cuda.set_rng_state(random_state)
+        else:
+            torch.set_rng_state(random_state)
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     lr_scheduler.last_epoch = state["global_step"]
     for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
@@ -447,17 +938,14 @@ def load_checkpoint(checkpoint: Path, stage: Stage, optimizer, lr_scheduler) -> 
     return state
 
 
-def save_model(args: Arguments, model, tokenizer, checkpoint: Path, folder: Path) -> None:
-    """Joins the stages' files in Hugging Face's or PEFT's format; every tensor is read back and compared."""
-    trained = {n.removeprefix("weight."): t for n, t in read_stages(checkpoint).items() if n.startswith("weight.")}
-    model.config.tie_word_embeddings = HEAD not in trained
-    model.save_pretrained(folder, state_dict=dict(trained), save_embedding_layers=False)
-    tokenizer.save_pretrained(folder)
-    shutil.copy(checkpoint / "trainer_state.json", folder)
-    if args.lora_used:
-        save_file(trained, folder / "trainable.safetensors")
-        trained |= {name.replace(".default.", "."): weight for name, weight in trained.items()}  # PEFT's names
-    data_collator.verify(folder, trained)
+def set_former_run_aside(output_dir: Path, checkpoint: Path | None) -> None:
+    """Renames a folder that holds a run, unless that run is resumed from `checkpoint`: a new run would overwrite it."""
+    if checkpoint is not None:
+        (output_dir / "run.json").unlink(missing_ok=True)  # it is written again when the resumed run has finished
+        return
+    if list_checkpoints(output_dir) or (output_dir / "run.json").is_file():
+        former = output_dir.rename(f"{output_dir}.{time.strftime('%Y%m%d-%H%M%S')}")
+        print(f"{output_dir} held a former run, which is now {former}")
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -465,9 +953,17 @@ def save_model(args: Arguments, model, tokenizer, checkpoint: Path, folder: Path
 # -------------------------------------------------------------------------------------------------------------------
 
 
+def join_processes() -> None:
+    """Without torchrun, a world of one process."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+
+
 def watch_neighbour(group: dist.ProcessGroup, done: threading.Event) -> None:
     """Ends this process when the next rank has died: in a ring, so that all end, whatever they wait for."""
-    rank, neighbour = dist.get_rank(), (dist.get_rank() + 1) % dist.get_world_size()
+    rank = dist.get_rank()
+    neighbour = (rank + 1) % dist.get_world_size()
     try:
         dist.recv(torch.zeros(1), neighbour, group)  # nothing is ever sent; it fails when the connection ends
     except RuntimeError:
@@ -476,44 +972,95 @@ def watch_neighbour(group: dist.ProcessGroup, done: threading.Event) -> None:
             os._exit(1)
 
 
-def main() -> None:
-    parser = HfArgumentParser(Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
-    is_first = os.environ.get("RANK", "0") == "0"
-    sys.stdout = sys.stdout if is_first else open(os.devnull, "w")
-    try:
-        (args,) = parser.parse_args_into_dataclasses()
-        config, tokenizer, sampler, eval_dataset, checkpoint = check_arguments(args)
-    except ValueError as mistakes:
-        sys.exit(f"error: {mistakes}\n--help lists every flag with its default" if is_first else 1)
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ |= {} if "RANK" in os.environ else alone  # without torchrun: a world of one process
-    torch.cuda.set_device(-1 if args.use_cpu else int(os.environ["LOCAL_RANK"]))  # below 0 nothing happens
-    dist.init_process_group("gloo" if args.use_cpu else "cpu:gloo,cuda:nccl")
-    device = torch.device("cpu" if args.use_cpu else f"cuda:{os.environ['LOCAL_RANK']}")
-    done, group = threading.Event(), dist.new_group(backend="gloo", timeout=timedelta(days=365))
+def end_at_an_error(kind, error, trace) -> None:
+    """A neighbour's death may be the reason of an error, and then its watch ends this process with a message."""
+    if kind is not SystemExit:
+        time.sleep(5)
+    traceback.print_exception(kind, error, trace)
+    os._exit(1)
+
+
+def join_stages(args: Arguments) -> tuple[torch.device, threading.Event]:
+    """Returns (this rank's device, an event that says that its neighbours may leave)."""
+    join_processes()
+    device = torch.device("cpu")
+    backend = "gloo"
+    if not args.use_cpu:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # others wait while one writes a large checkpoint
+    done = threading.Event()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     if dist.get_world_size() > 1:
         threading.Thread(target=watch_neighbour, args=(group, done), daemon=True).start()
-    # A neighbour's death may be the reason, and then its watch ends this process with a message.
-    sys.excepthook = lambda *problem: (time.sleep(5), sys.__excepthook__(*problem), os._exit(1))
-    set_seed(args.seed)
-    stage, model = load_stage(args, config, sampler, device)
-    started, output_dir = time.perf_counter(), Path(args.output_dir)
-    if is_first:
-        data_collator.set_former_run_aside(output_dir, checkpoint)
-    num_tokens, checkpoint, message = train(args, stage, sampler, eval_dataset, checkpoint)
-    if not message:
-        if is_first:
-            save_model(args, model, tokenizer, checkpoint, output_dir)
-        seconds = time.perf_counter() - started
-        facts = {"wall_time_seconds": seconds, "tokens_per_second": num_tokens / seconds}
-        data_collator.write_receipt(output_dir, asdict(args), sampler, [str(device)], facts)
-    done.set()
+    sys.excepthook = end_at_an_error
+    return device, done
+
+
+def stop(message: str) -> None:
+    """Ends all processes with one message."""
+    if dist.get_rank() == 0:
+        print(message, file=sys.stderr, flush=True)
     dist.barrier()
-    if message:
-        print(message * is_first, file=sys.stderr, flush=True)
-        os._exit(1)  # as in data_collator.leave
+    os._exit(1)  # as in leave
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# From the command line to the saved model
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = HfArgumentParser(
+        Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False, exit_on_error=False
+    )  # fmt: skip
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not is_first:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        (args,) = parser.parse_args_into_dataclasses()
+        config, tokenizer, rows, eval_dataset, checkpoint = check_arguments(args)
+    except (ValueError, argparse.ArgumentError) as mistakes:
+        if not is_first:
+            sys.exit(1)
+        sys.exit(f"error: {mistakes}\n--help lists every flag with its default")
+    device, done = join_stages(args)
+    set_seed(args.seed)
+    stage, weights, model = load_stage(args, config, rows, device)
+    started = time.perf_counter()
+    output_dir = Path(args.output_dir)
+    if is_first:
+        set_former_run_aside(output_dir, checkpoint)
+    tokens_before = 0
+    if checkpoint:
+        tokens_before = json.loads((checkpoint / "trainer_state.json").read_text())["num_input_tokens_seen"]
+    state, checkpoint = train(args, stage, weights, rows, eval_dataset, checkpoint)
+    step = state["global_step"]
+    if step < rows.num_steps:
+        done.set()
+        stop(f"SIGTERM: step {step} is saved; --resume_from_checkpoint True goes on from there")
+    if is_first:
+        save_model(args, model, tokenizer, checkpoint, output_dir)
+        shutil.rmtree(output_dir / ".writing", ignore_errors=True)
+    num_tokens = state["num_input_tokens_seen"] - tokens_before
+    write_receipt(args, rows, device, num_tokens, time.perf_counter() - started)
+    done.set()
+
+
+def leave() -> None:
+    """Ends a process of a distributed run with success, when all of them have written what they had to.
+
+    Python does not end in its own way: gloo's threads, which outlive their process group, may still be freeing tensors
+    of the last collective, and without an interpreter that aborts a process whose work is done.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
     main()
-    data_collator.leave()
+    leave()

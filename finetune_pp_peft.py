@@ -6,34 +6,62 @@ contiguous blocks on the visible devices, so one GPU works at a time. On a machi
     python finetune_pp_peft.py
     python finetune_pp_peft.py --peft_mode prefix --num_virtual_tokens 16 --dataset_path data_sample/tokenized/instruct
 
-Writes into --output_dir: the adapter in PEFT's format and the tokenizer, checkpoint-<step>/ (valid only with
-complete.json), trainer_state.json (the loss curve), runs/ (TensorBoard) and last run.json (the receipt).
+Writes into --output_dir: the adapter in PEFT's format and the tokenizer, checkpoint-<step>/, trainer_state.json (the
+loss curve), runs/ (TensorBoard) and last run.json (the receipt). SIGTERM or Ctrl-C saves a checkpoint and ends.
 """
 
+import argparse
 import json
 import math
 import os
+import resource
 import shutil
+import signal
+import subprocess
 import sys
+import threading
 import time
-from dataclasses import asdict, dataclass, field
+import zipfile
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import peft
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, get_scheduler, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    SchedulerType,
+    get_scheduler,
+    set_seed,
+)
 
 import data_collator
-from data_collator import DataCollator, RowSampler, TokenizedDataset
+from data_collator import DataCollator, TokenizedDataset, TrainingRows
 
 PEFT_TYPES = {"lora": "LORA", "prefix": "PREFIX_TUNING", "ptuning": "P_TUNING", "prompt": "PROMPT_TUNING"}
+ATTENTION_KERNELS = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+# Flags that a resumed run must share with the interrupted one, besides the rows and their order.
+SHARED_BY_RESUMED = (
+    "model_path", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
+    "peft_mode", "peft_path", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "num_virtual_tokens",
+    "mapping_hidden_dim",
+)  # fmt: skip
 
 
-def flag(default, help: str, choices: str | None = None):
-    return field(default=default, metadata={"help": help} | ({"metavar": choices} if choices else {}))
+def flag(default, help: str, limit: str | None = None):
+    """A flag with its help; `limit` is what a number must be: "> 0" or ">= 0"."""
+    metadata = {"help": help}
+    if limit is not None:
+        metadata["metavar"] = limit
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -42,39 +70,40 @@ class Arguments:
     dataset_path: str = flag("data_sample/tokenized/triage_train", "tokenized folder, or name:weight,name:weight")
     eval_dataset_path: str | None = flag(None, "another such folder, for the evaluation loss")
     random_passage: bool = flag(False, "draw a random passage of each whole document (--format text) at every epoch")
-    passage_length: int = flag(512, "tokens of a passage")
+    passage_length: int = flag(512, "tokens of a passage", "> 0")
     output_dir: str = flag("outputs/finetune_pp_peft", "folder for all that the run leaves")
-    peft_mode: str = flag("lora", "what is trained beside the frozen model", "lora|prefix|ptuning|prompt")
+    peft_mode: Literal["lora", "prefix", "ptuning", "prompt"] = flag("lora", "what is trained beside the frozen model")
     peft_path: str | None = flag(None, "go on from this adapter with new data")
-    lora_rank: int = flag(8, "inner size of an adapter's two matrices")
-    lora_alpha: float = flag(16, "an adapter's output is scaled by lora_alpha / lora_rank")
-    lora_dropout: float = flag(0.05, "dropout on an adapter's input")
+    lora_rank: int = flag(8, "inner size of an adapter's two matrices", "> 0")
+    lora_alpha: float = flag(16, "an adapter's output is scaled by lora_alpha / lora_rank", "> 0")
+    lora_dropout: float = flag(0.05, "dropout on an adapter's input", ">= 0")
     lora_target_modules: str = flag("all-linear", "all-linear (without the head), or names such as q_proj,v_proj")
-    num_virtual_tokens: int = flag(32, "length of the learned prompt or prefix")
-    mapping_hidden_dim: int = flag(1024, "ptuning's MLP; prefix projection, 0 for none; not for prompt")
-    num_train_epochs: float = flag(1, "passes over the data")
+    num_virtual_tokens: int = flag(32, "length of the learned prompt or prefix", "> 0")
+    mapping_hidden_dim: int = flag(1024, "ptuning's MLP; prefix projection, 0 for none; not for prompt", ">= 0")
+    num_train_epochs: float = flag(1, "passes over the data", "> 0")
     max_steps: int = flag(-1, "optimizer steps; above 0 it overrides num_train_epochs")
-    per_device_train_batch_size: int = flag(8, "rows of one forward")
-    per_device_eval_batch_size: int = flag(8, "rows of one forward in evaluation")
-    gradient_accumulation_steps: int = flag(1, "forwards of one optimizer step")
-    learning_rate: float = flag(1e-3, "peak learning rate of AdamW")
-    lr_scheduler_type: str = flag("cosine", "how the rate falls", "cosine|linear|constant_with_warmup")
-    warmup_steps: float = flag(0.03, "steps of warm-up; below 1: a share of all steps")
-    weight_decay: float = flag(0.0, "AdamW's, never on norms and biases")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
-    logging_steps: int = flag(1, "log every so many optimizer steps")
-    eval_steps: int = flag(100, "evaluate every so many steps, and at the end")
-    save_steps: int = flag(100, "checkpoint every so many steps, and at the end")
-    save_total_limit: int = flag(2, "complete checkpoints that are kept")
-    seed: int = flag(42, "of the adapter's start, the row order and dropout")
-    bf16: str = flag("auto", "compute in bf16; auto: where the hardware is fast at it", "auto|True|False")
+    per_device_train_batch_size: int = flag(8, "rows of one forward", "> 0")
+    per_device_eval_batch_size: int = flag(8, "rows of one forward in evaluation", "> 0")
+    gradient_accumulation_steps: int = flag(1, "forwards of one optimizer step", "> 0")
+    learning_rate: float = flag(1e-3, "peak learning rate of AdamW", "> 0")
+    lr_scheduler_type: SchedulerType = flag("cosine", "how the rate falls")
+    lr_scheduler_kwargs: str = flag("{}", 'more of the schedule, as JSON: {"min_lr": 1e-6}')
+    warmup_steps: float = flag(0.03, "steps of warm-up; below 1: a share of all steps", ">= 0")
+    weight_decay: float = flag(0.0, "AdamW's, never on norms and biases", ">= 0")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", "> 0")
+    logging_steps: int = flag(1, "log every so many optimizer steps", "> 0")
+    eval_steps: int = flag(100, "evaluate every so many steps, and at the end", "> 0")
+    save_steps: int = flag(100, "checkpoint every so many steps, and at the end", "> 0")
+    save_total_limit: int = flag(2, "checkpoints that are kept", "> 0")
+    seed: int = flag(42, "of the adapter's start, the row order and dropout", ">= 0")
+    bf16: Literal["auto", "True", "False"] = flag("auto", "compute in bf16; auto: where the hardware is fast at it")
     padding_free: bool = flag(True, "join the rows of a batch instead of padding them")
     gradient_checkpointing: bool = flag(False, "recompute activations: a third more work, much less memory")
-    attn_implementation: str = flag("auto", "kernel of attention; auto: document by document", data_collator.ATTENTION)
-    torch_compile: bool = flag(False, "compile the model: minutes at first, then faster steps")
+    attn_implementation: ATTENTION_KERNELS = flag("auto", "kernel of attention; auto: inside each document")
+    torch_compile: bool = flag(False, "compile the decoder layers: minutes at first, then faster steps")
     resume_from_checkpoint: str = flag("False", "True: the newest complete one in output_dir; or a checkpoint folder")
     use_cpu: bool = flag(False, "leave the GPUs alone")
-    report_to: str = flag("tensorboard", "where the loss curve is shown", "tensorboard|none")
+    report_to: Literal["tensorboard", "none"] = flag("tensorboard", "where the loss curve is shown")
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -83,71 +112,152 @@ class Arguments:
 
 
 def check_arguments(args: Arguments):
-    """Returns (config, tokenizer, row sampler, evaluation set or None, checkpoint to resume from or None).
+    """Returns (config, tokenizer, rows in the order of training, evaluation set or None, checkpoint or None).
 
     Raises:
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
     """
-    mistakes = data_collator.find_mistakes(args)
+    mistakes = check_numbers(args) + check_machine(args)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         mistakes.append("torchrun: this script is one process; finetune_pp_1f1b.py is a pipeline over several")
 
     def attempt(name: str, action, *context):
+        """What `action` makes of a flag's value; its error becomes a mistake of that flag."""
         value = getattr(args, name)
+        if value is None:
+            return None
         try:
-            return None if value is None else action(value, *context)
-        except (ValueError, OSError) as problem:
+            return action(value, *context)
+        except (ValueError, OSError, ImportError) as problem:
             mistakes.append(f"--{name} {value}: {problem}")
 
-    config, tokenizer = attempt("model_path", load_config) or (None, None)
-    passage = args.random_passage * args.passage_length  # 0: none
-    dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer, passage, args.seed)
-    eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer, passage)
+    config = attempt("model_path", load_config)
+    tokenizer = None
+    if config is not None:
+        tokenizer = attempt("model_path", AutoTokenizer.from_pretrained)
+        attempt("attn_implementation", check_attention, config, args)
+    passage_length = 0
+    if args.random_passage:
+        passage_length = args.passage_length
+    dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer, passage_length, args.seed)
+    eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer, passage_length)
     attempt("peft_path", check_adapter, args.peft_mode)
-    if args.peft_mode == "prompt" and args.mapping_hidden_dim != Arguments.mapping_hidden_dim:
-        mistakes.append(f"--mapping_hidden_dim {args.mapping_hidden_dim}: --peft_mode prompt has no MLP; leave it out")
-    if args.peft_mode != "lora" and any(data and data.packed for data in (dataset, eval_dataset)):
-        mistakes.append(f"--peft_mode {args.peft_mode}: needs one document a row; tokenize with --packing False")
-    if not mistakes:
-        attempt("peft_mode", lambda mode: add_adapter(args, make_skeleton(config)))  # a rehearsal without weights
-        sampler = RowSampler(dataset, args.per_device_train_batch_size * args.gradient_accumulation_steps, args.seed)
-        sampler.settings = asdict(args)
-        checkpoint = attempt("resume_from_checkpoint", data_collator.find_checkpoint, args.output_dir, sampler)
+    mistakes += check_virtual_tokens(args, dataset, eval_dataset)
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    attempt("peft_mode", lambda mode: add_adapter(args, make_skeleton(config)))  # a rehearsal without weights
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    rows = TrainingRows(dataset, rows_per_step, args.num_train_epochs, args.max_steps, args.seed)
+    attempt("lr_scheduler_kwargs", json.loads)
+    attempt("lr_scheduler_type", check_schedule, args, rows.num_steps)
+    checkpoint = attempt("resume_from_checkpoint", find_checkpoint, args.output_dir, resume_settings(args, rows))
     if mistakes:
         raise ValueError("\n".join(mistakes))
     if args.peft_mode != "lora" and args.padding_free:
         print(f"--padding_free False: --peft_mode {args.peft_mode} puts its virtual tokens before each row of a batch")
         args.padding_free = False
-    return config, tokenizer, sampler, eval_dataset, checkpoint
+    return config, tokenizer, rows, eval_dataset, checkpoint
+
+
+def check_numbers(args: Arguments) -> list[str]:
+    """The numbers that are not what their flag's limit says."""
+    mistakes = []
+    for argument in fields(args):
+        value = getattr(args, argument.name)
+        limit = argument.metadata.get("metavar")
+        if limit is None or value is None:
+            continue
+        is_allowed = value > 0 or (limit == ">= 0" and value == 0)
+        if not is_allowed or math.isinf(value):
+            mistakes.append(f"--{argument.name} {value}: must be {limit}")
+    return mistakes
+
+
+def check_machine(args: Arguments) -> list[str]:
+    """The output folder can be written, and each process has a GPU or was told to use the CPU."""
+    mistakes = []
+    output_dir = Path(args.output_dir).absolute()
+    folder = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        mistakes.append(f"--output_dir {args.output_dir}: {folder} is not a writable folder; choose another")
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    num_gpus = torch.cuda.device_count()
+    if num_processes > max(1, num_gpus) and not args.use_cpu:
+        mistakes.append(f"--use_cpu False: {num_processes} processes need as many GPUs, and there are {num_gpus}")
+    return mistakes
 
 
 def load_config(path: str):
-    """Configuration and tokenizer of the model in folder `path` or on the hub."""
+    """The configuration of the model in folder `path` or on the hub."""
     if not Path(path).is_dir() and path.startswith((".", "/", "~", "models/", "outputs/")):
         raise FileNotFoundError("no such folder; bash scripts/quickstart.sh fetches the sample model")
     if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
         raise FileNotFoundError("no .safetensors file in it; name the folder of a whole model")
-    return AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    return AutoConfig.from_pretrained(path)
 
 
 def check_adapter(folder: str, peft_mode: str) -> None:
     """An adapter to go on from is of the mode that was asked for, and has all its trained weights."""
     peft_type = peft.PeftConfig.from_pretrained(folder).peft_type
-    if peft_type != PEFT_TYPES.get(peft_mode):
+    if peft_type != PEFT_TYPES[peft_mode]:
         raise ValueError(f"its adapter is of type {peft_type.value}; choose the --peft_mode that made it")
     if peft_mode in ("prefix", "ptuning") and not (Path(folder) / "trainable.safetensors").is_file():
         raise ValueError("it has no trainable.safetensors, and PEFT's own file lacks the MLP; name a run's folder")
 
 
+def check_virtual_tokens(args: Arguments, *datasets: TokenizedDataset | None) -> list[str]:
+    """What the modes that put virtual tokens before each row cannot do."""
+    mistakes = []
+    if args.peft_mode == "prompt" and args.mapping_hidden_dim != Arguments.mapping_hidden_dim:
+        mistakes.append(f"--mapping_hidden_dim {args.mapping_hidden_dim}: --peft_mode prompt has no MLP; leave it out")
+    if args.peft_mode != "lora" and any(dataset and dataset.packed for dataset in datasets):
+        mistakes.append(f"--peft_mode {args.peft_mode}: needs one document a row; tokenize with --packing False")
+    return mistakes
+
+
+def check_attention(kernel: str, config, args: Arguments) -> None:
+    """The machine has the kernel: transformers is asked, by a model without weights."""
+    num_gpus = torch.cuda.device_count()
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    on_gpu = num_gpus > 0 and not args.use_cpu
+    if kernel == "flex_attention" and not (on_gpu and num_gpus <= num_processes):
+        raise ValueError("it needs a GPU, and of several a process for each: its mask cannot follow layers to another")
+    if kernel.startswith("flash"):
+        if not on_gpu or not computes_in_bf16(args) or not args.padding_free:
+            raise ValueError("it needs a GPU, bf16 and --padding_free True; auto runs anywhere")
+        make_skeleton(config, kernel)  # raises what else it needs, such as a package
+
+
+def make_skeleton(config, kernel: str | None = None) -> torch.nn.Module:
+    """The model without weights: its names and shapes."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
+
+
+def computes_in_bf16(args: Arguments) -> bool:
+    """Whether to compute in bf16: where the hardware is slow at it, it is tens of times slower than float32."""
+    if args.bf16 != "auto":
+        return args.bf16 == "True"
+    if torch.cuda.device_count() > 0 and not args.use_cpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Private in PyTorch, which has no public name for the same questions.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def check_schedule(name: str, args: Arguments, num_steps: int) -> None:
+    """A rehearsal of the schedule on one weight."""
+    if name in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError("it follows an evaluation, and the rate of this script follows the step alone")
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=args.learning_rate)
+    try:
+        make_schedule(args, optimizer, num_steps)
+    except (TypeError, KeyError, AttributeError) as problem:
+        raise ValueError(f"{problem}; --lr_scheduler_kwargs {args.lr_scheduler_kwargs} takes more settings") from None
+
+
 # -------------------------------------------------------------------------------------------------------------------
 # The strategy: where each layer lies, and what is trained
 # -------------------------------------------------------------------------------------------------------------------
-
-
-def make_skeleton(config):
-    """The model without weights: its names and shapes."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def place_layers(num_layers: int, num_devices: int) -> list[int]:
@@ -156,7 +266,8 @@ def place_layers(num_layers: int, num_devices: int) -> list[int]:
     The larger blocks go to the middle, because the first device also holds the embedding and the last one the head.
     """
     sizes = [num_layers // num_devices] * num_devices
-    for i in sorted(range(num_devices), key=lambda i: abs(2 * i + 1 - num_devices))[: num_layers % num_devices]:
+    from_the_middle = sorted(range(num_devices), key=lambda i: abs(2 * i + 1 - num_devices))
+    for i in from_the_middle[: num_layers % num_devices]:
         sizes[i] += 1
     return sizes
 
@@ -165,15 +276,53 @@ def make_device_map(config, devices: list[torch.device]) -> dict[str, torch.devi
     """The device of each module by the model's own names; a tied head lies with the embedding."""
     skeleton = make_skeleton(config)
     modules = dict(skeleton.named_modules())
+    # The attribute is accelerate's, which documents it as the classes of the blocks that must not be split.
     layers = [name for name, module in modules.items() if type(module).__name__ in skeleton._no_split_modules]
-    blocks = zip(devices, place_layers(len(layers), len(devices)), strict=True)
-    device_map = dict(zip(layers, [device for device, size in blocks for _ in range(size)], strict=True))
+    device_map = {}
+    start = 0
+    for device, size in zip(devices, place_layers(len(layers), len(devices)), strict=True):
+        for name in layers[start : start + size]:
+            device_map[name] = device
+        start += size
     for name, module in modules.items():
-        if not name.startswith(tuple(layers)) and not list(module.children()):
-            tied_head = module is skeleton.get_output_embeddings() and config.tie_word_embeddings
-            on_first = module is skeleton.get_input_embeddings() or tied_head or not list(module.parameters())
-            device_map[name] = devices[0] if on_first else devices[-1]
+        if name.startswith(tuple(layers)) or any(module.children()):
+            continue
+        is_tied_head = module is skeleton.get_output_embeddings() and config.tie_word_embeddings
+        is_embedding = module is skeleton.get_input_embeddings() or is_tied_head
+        device_map[name] = devices[-1]
+        if is_embedding or not any(module.parameters()):
+            device_map[name] = devices[0]
     return device_map
+
+
+def make_adapter_config(args: Arguments) -> peft.PeftConfig:
+    """What is trained beside the frozen model."""
+    if args.peft_mode == "lora":  # arXiv:2106.09685: two small matrices beside each linear layer
+        target_modules = [name.strip() for name in args.lora_target_modules.split(",")]
+        if "all-linear" in target_modules:
+            target_modules = "all-linear"
+        return peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=target_modules,
+        )
+    if args.peft_mode == "prefix":  # arXiv:2101.00190: keys and values before the first token of each layer
+        return peft.PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=args.num_virtual_tokens,
+            prefix_projection=args.mapping_hidden_dim > 0,
+            encoder_hidden_size=args.mapping_hidden_dim or None,
+        )
+    if args.peft_mode == "ptuning":  # arXiv:2103.10385: embeddings before the first token, made by an MLP
+        return peft.PromptEncoderConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=args.num_virtual_tokens,
+            encoder_hidden_size=args.mapping_hidden_dim or None,
+        )
+    # arXiv:2104.08691: embeddings before the first token
+    return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=args.num_virtual_tokens)
 
 
 def add_adapter(args: Arguments, model) -> peft.PeftModel:
@@ -183,42 +332,47 @@ def add_adapter(args: Arguments, model) -> peft.PeftModel:
         ValueError: PEFT's reason why the combination cannot work, or a LoRA target that matches no layer.
     """
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    targets = [name.strip() for name in args.lora_target_modules.split(",")]
-    lora = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-    lora["target_modules"] = "all-linear" if "all-linear" in targets else targets
-    prompt = {"num_virtual_tokens": args.num_virtual_tokens}
-    ptuning = prompt | {"encoder_hidden_size": args.mapping_hidden_dim or None}
-    prefix = ptuning | {"prefix_projection": args.mapping_hidden_dim > 0}
-    shape = {"lora": lora, "prefix": prefix, "ptuning": ptuning, "prompt": prompt}[args.peft_mode]
-    config = peft.get_peft_config({"peft_type": PEFT_TYPES[args.peft_mode], "task_type": "CAUSAL_LM", **shape})
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    config = make_adapter_config(args)
     if args.peft_path:
         config = peft.PeftConfig.from_pretrained(args.peft_path)
         config.inference_mode = False
     model = peft.get_peft_model(model, config)
-    matched = [f".{path}" for path in getattr(model.base_model, "targeted_module_names", ())]
-    unmatched = [name for name in targets if not any(path.endswith(f".{name}") for path in matched)]
-    if args.peft_mode == "lora" and "all-linear" not in targets and unmatched:
-        raise ValueError(f"--lora_target_modules {', '.join(unmatched)} matches no layer of the model")
+    if args.peft_mode == "lora" and "all-linear" not in args.lora_target_modules:
+        adapted = [f".{path}" for path in model.base_model.targeted_module_names]
+        for name in args.lora_target_modules.split(","):
+            if not any(path.endswith(f".{name.strip()}") for path in adapted):
+                raise ValueError(f"--lora_target_modules {name.strip()} matches no layer of the model")
     return model
 
 
-def load_model(args: Arguments, config, devices: list[torch.device], bf16: bool) -> peft.PeftModel:
+def load_model(args: Arguments, config, devices: list[torch.device]) -> peft.PeftModel:
     """The frozen base in the compute precision, with an adapter in float32: in bf16 small steps would vanish."""
-    base = AutoModelForCausalLM.from_pretrained(
+    device_map = {"": devices[0]}
+    if len(devices) > 1:
+        device_map = make_device_map(config, devices)
+    kernel = args.attn_implementation
+    if kernel == "auto":
+        kernel = None  # transformers' choice
+    dtype = torch.float32
+    if computes_in_bf16(args):
+        dtype = torch.bfloat16
+    base, loading = AutoModelForCausalLM.from_pretrained(
         args.model_path,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
-        device_map=make_device_map(config, devices) if len(devices) > 1 else {"": devices[0]},
-        attn_implementation=None if args.attn_implementation == "auto" else args.attn_implementation,
+        dtype=dtype,
+        device_map=device_map,
+        attn_implementation=kernel,
         use_safetensors=True,
+        output_loading_info=True,
     )
-    data_collator.attend_by_document(base, asdict(args))
+    check_loading(args, loading)
+    if args.attn_implementation == "auto" and args.padding_free:
+        data_collator.attend_inside_documents(base)
     model = add_adapter(args, base)
-    data_collator.compute_loss_in_head(model, asdict(args))
     if args.peft_path:
         load_adapter(model, Path(args.peft_path))
     if args.torch_compile:
-        model.compile()
+        compile_layers(base)
     return model
 
 
@@ -231,103 +385,212 @@ def load_adapter(model: peft.PeftModel, folder: Path) -> None:
         peft.set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
 
 
+def check_loading(args: Arguments, loading: dict) -> None:
+    """transformers draws weights that the files lack at random, and only prints a report."""
+    lacking = sorted(loading["missing_keys"]) + sorted(str(key[0]) for key in loading["mismatched_keys"])
+    if lacking:
+        sys.exit(f"error: --model_path {args.model_path}: its files lack {len(lacking)} tensors that the model needs, "
+                 f"or hold them in another shape: {', '.join(lacking[:3])}; download it again")  # fmt: skip
+
+
+def compile_layers(model: torch.nn.Module) -> None:
+    """Compiles the decoder layers, which are alike: one graph for all of them, and for rows of any length."""
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:
+            module.compile(dynamic=True)
+
+
 # -------------------------------------------------------------------------------------------------------------------
 # Training
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(args: Arguments, model: torch.nn.Module, num_steps: int):
-    """AdamW in one fused kernel; warm-up, then the schedule. Vectors (norms and biases) are never decayed."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": args.weight_decay}
-    vectors = {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([matrices, vectors], lr=args.learning_rate, fused=True)
-    warmup_steps = math.ceil(args.warmup_steps * (num_steps if args.warmup_steps < 1 else 1))
-    return optimizer, get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, num_steps)
+def make_optimizer(args: Arguments, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW in one fused kernel. Vectors (norms and biases) are never decayed."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
 
 
-def forward(model, batch: dict[str, torch.Tensor], device: torch.device, bf16: bool, num_items: int) -> torch.Tensor:
-    """The summed loss of a batch's targets, divided by `num_items`."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        # A list selects on any device: the last layer may lie on another one than the indices would be moved to.
-        spread = len(getattr(model, "hf_device_map", ())) > 1
-        batch = {name: t.tolist() if spread and name == "logits_to_keep" else t.to(device) for name, t in batch.items()}
-        # With a cache, transformers would not notice that a row holds several documents.
-        return model(**batch, num_items_in_batch=num_items, use_cache=False).loss
+def make_schedule(args: Arguments, optimizer: torch.optim.Optimizer, num_steps: int):
+    """Warm-up, then the schedule."""
+    warmup_steps = args.warmup_steps
+    if warmup_steps < 1:
+        warmup_steps *= num_steps
+    return get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=math.ceil(warmup_steps),
+        num_training_steps=num_steps,
+        scheduler_specific_kwargs=json.loads(args.lr_scheduler_kwargs),
+    )
+
+
+def choose_loss(args: Arguments, model, rows: TrainingRows):
+    """The function that computes a batch's summed loss; the model is asked, by a few tokens, what it allows.
+
+    Raises:
+        ValueError: documents of one row would see each other.
+    """
+    vocab_size = model.config.vocab_size
+    if args.padding_free or rows.dataset.packed:
+        data_collator.check_document_attention(model, vocab_size)
+    output_layer = model.get_base_model().get_output_embeddings()  # with an adapter on it, of another class
+    is_product = type(output_layer) is torch.nn.Linear and output_layer.bias is None
+    if args.padding_free and is_product and data_collator.computes_plain_logits(model, vocab_size, loss_in_chunks):
+        return loss_in_chunks
+    return loss_of_model
+
+
+def loss_of_model(model, batch: dict) -> torch.Tensor:
+    """The summed loss of a batch's targets, as transformers computes it: float32, from all their logits."""
+    # With a cache, transformers would not notice that a row holds several documents.
+    return model(**batch, num_items_in_batch=1, use_cache=False).loss
+
+
+def loss_in_chunks(model, batch: dict) -> torch.Tensor:
+    """The same for a padding-free batch, whose logits exist for some hundred targets at a time."""
+    decoder_inputs = dict(batch)
+    del decoder_inputs["labels"]
+    targets = decoder_inputs.pop("shift_labels")[0]
+    places_of_targets = decoder_inputs.pop("logits_to_keep")
+    base = model.get_base_model()  # with the adapter in its layers
+    hidden_states = base.get_decoder()(**decoder_inputs, use_cache=False).last_hidden_state  # [1, tokens, size]
+    # The output layer, as large as several others, sees no position without a target.
+    predicting = hidden_states[0, places_of_targets.to(hidden_states.device)]
+    weight = base.get_output_embeddings().weight
+    return data_collator.summed_cross_entropy(predicting.to(weight.device), weight, targets)
+
+
+def forward(args: Arguments, model, compute_loss, batch: dict, device: torch.device) -> torch.Tensor:
+    """The summed loss of a batch's targets on the device, in the precision that was asked for."""
+    batch = data_collator.move_to_device(batch, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(args)):
+        return compute_loss(model, batch)
 
 
 @torch.no_grad()
-def evaluate(args: Arguments, model, dataset: TokenizedDataset, device: torch.device, bf16: bool) -> float:
+def evaluate(args: Arguments, model, compute_loss, dataset: TokenizedDataset, device: torch.device) -> float:
     """Loss per target token over the whole set."""
     model.eval()
-    total, targets = 0.0, 0
-    for batch in data_collator.batches(dataset, DataCollator(args.padding_free), args.per_device_eval_batch_size):
-        total += forward(model, batch, device, bf16, 1).item()
-        targets += data_collator.num_targets(batch)
+    total = 0.0
+    num_targets = 0
+    collate = DataCollator(args.padding_free)
+    for start in range(0, len(dataset), args.per_device_eval_batch_size):
+        indices = range(start, min(start + args.per_device_eval_batch_size, len(dataset)))
+        batch = collate([dataset[i] for i in indices])
+        total += forward(args, model, compute_loss, batch, device).item()
+        num_targets += data_collator.num_targets(batch)
     model.train()
-    return total / targets
+    return total / num_targets
 
 
-def train(args: Arguments, model, tokenizer, sampler, eval_dataset, checkpoint, device, bf16) -> int:
-    """Trains from the checkpoint, if any, until the last step; returns the number of tokens that this took."""
-    num_steps = sampler.num_steps(args)
-    optimizer, lr_scheduler = make_optimizer(args, model, num_steps)
-    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def train(args: Arguments, model, compute_loss, tokenizer, rows, eval_dataset, checkpoint, devices) -> int:
+    """Trains from the checkpoint, if any, until the last step or a signal; returns the tokens that this took."""
+    optimizer = make_optimizer(args, model)
+    lr_scheduler = make_schedule(args, optimizer, rows.num_steps)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     state = {"global_step": 0, "num_input_tokens_seen": 0, "log_history": []}
     if checkpoint:
-        state = load_checkpoint(checkpoint, model, optimizer, lr_scheduler)
+        state = load_checkpoint(checkpoint, model, optimizer, lr_scheduler, devices)
     step = state["global_step"]
-    tokens = tokens_before = state["num_input_tokens_seen"]
-    writer = SummaryWriter(f"{args.output_dir}/runs", purge_step=step + 1) if args.report_to == "tensorboard" else None
-    progress = tqdm(total=num_steps, initial=step, desc="training", unit="step")
-    collate, size = DataCollator(args.padding_free), args.per_device_train_batch_size
+    tokens_before = state["num_input_tokens_seen"]
+    terminated = stop_at_signals()
+    writer = None
+    if args.report_to == "tensorboard":
+        writer = SummaryWriter(f"{args.output_dir}/runs", purge_step=step + 1)
+    progress = tqdm(total=rows.num_steps, initial=step, desc="training", unit="step")
+    collate = DataCollator(args.padding_free)
+    micro_batch_size = args.per_device_train_batch_size
     model.train()
-    while step < num_steps:
+    while step < rows.num_steps:
         started = time.perf_counter()
-        rows = sampler.rows_of(step)
-        micro_batches = [collate(rows[first : first + size]) for first in range(0, len(rows), size)]
-        num_tokens = sum(len(row["input_ids"]) for row in rows)
+        step_rows = rows.step(step)
+        starts = range(0, len(step_rows), micro_batch_size)
+        micro_batches = [collate(step_rows[start : start + micro_batch_size]) for start in starts]
         # One division by the targets of the whole optimizer step: every target token weighs the same, however the
         # step is cut into micro-batches.
-        targets = sum(data_collator.num_targets(batch) for batch in micro_batches)
+        num_targets = sum(data_collator.num_targets(batch) for batch in micro_batches)
         losses = []
         for batch in micro_batches:
-            micro_loss = forward(model, batch, device, bf16, targets)
+            micro_loss = forward(args, model, compute_loss, batch, devices[0]) / num_targets
             micro_loss.backward()
             losses.append(micro_loss.detach())
-        loss = sum(micro_loss.item() for micro_loss in losses)  # once a step: it waits for the device
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm).item()
+        loss = torch.stack(losses).sum().item()
         if not math.isfinite(loss + grad_norm):
             sys.exit(f"error: step {step + 1} has loss {loss} and gradient norm {grad_norm}; the weights were not "
                      "updated, and checkpoints saved before are good; lower --learning_rate")  # fmt: skip
-        step, tokens = step + 1, tokens + num_tokens
-        log = {"step": step, "epoch": step / sampler.steps_per_epoch, "loss": loss, "grad_norm": grad_norm}
-        log |= {"learning_rate": optimizer.param_groups[0]["lr"], "num_input_tokens_seen": tokens}
+        learning_rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad()
-        state |= {"global_step": step, "num_input_tokens_seen": tokens}
 
-        speed, memory = num_tokens / (time.perf_counter() - started), data_collator.peak_memory() / 2**30
-        progress.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} tokens/s, {memory:.1f} GiB")
+        num_tokens = rows.num_tokens(step)
+        step += 1
+        is_last = step == rows.num_steps or terminated.is_set()
+        state["global_step"] = step
+        state["num_input_tokens_seen"] += num_tokens
+        log = {
+            "step": step,
+            "epoch": step / rows.steps_per_epoch,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "num_input_tokens_seen": state["num_input_tokens_seen"],
+        }
+        speed = num_tokens / (time.perf_counter() - started)
+        progress.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} tokens/s, {peak_memory() / 2**30:.1f} GiB")
         progress.update()
-        if eval_dataset and (step % args.eval_steps == 0 or step == num_steps):
-            log["eval_loss"] = evaluate(args, model, eval_dataset, device, bf16)
-        if step % args.logging_steps == 0 or step == num_steps or "eval_loss" in log:
+        if eval_dataset and (step % args.eval_steps == 0 or step == rows.num_steps):
+            log["eval_loss"] = evaluate(args, model, compute_loss, eval_dataset, devices[0])
+        if step % args.logging_steps == 0 or is_last or "eval_loss" in log:
             state["log_history"].append(log)
-            # Memory is for TensorBoard alone: a resumed run's history stays that of an uninterrupted one.
-            for name, value in (log | {"peak_memory_bytes": data_collator.peak_memory()}).items() if writer else ():
-                writer.add_scalar(f"train/{name}", value, step)
-        if step % args.save_steps == 0 or step == num_steps:
-            save_checkpoint(args, model, tokenizer, optimizer, lr_scheduler, sampler, state)
-    (Path(args.output_dir) / "trainer_state.json").write_text(json.dumps(state, indent=2))
+            write_curve(writer, log)
+        if step % args.save_steps == 0 or is_last:
+            save_checkpoint(args, model, tokenizer, optimizer, lr_scheduler, rows, state, devices)
+        if terminated.is_set() and step < rows.num_steps:
+            sys.exit(f"SIGTERM: step {step} is saved; --resume_from_checkpoint True goes on from there")
     if writer:
         writer.close()
-    return tokens - tokens_before
+    (Path(args.output_dir) / "trainer_state.json").write_text(json.dumps(state, indent=2))
+    return state["num_input_tokens_seen"] - tokens_before
+
+
+def stop_at_signals() -> threading.Event:
+    """An event that SIGTERM, by which a cluster preempts a job, and Ctrl-C set; a second signal ends at once."""
+    terminated = threading.Event()
+
+    def stop(number: int, frame) -> None:
+        terminated.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    return terminated
+
+
+def write_curve(writer: SummaryWriter | None, log: dict) -> None:
+    """Memory is for TensorBoard alone: a resumed run's history stays that of an uninterrupted one."""
+    if writer is None:
+        return
+    for name, value in log.items():
+        writer.add_scalar(f"train/{name}", value, log["step"])
+    writer.add_scalar("train/peak_memory_bytes", peak_memory(), log["step"])
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has held on its GPUs, or in host memory without one."""
+    on_gpus = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return on_gpus or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # -------------------------------------------------------------------------------------------------------------------
-# Saving and resuming: a checkpoint is valid only with complete.json, which is written last
+# Saving: a checkpoint is written beside, synced, and then renamed, so that one with its name is complete
 # -------------------------------------------------------------------------------------------------------------------
 
 
@@ -335,58 +598,256 @@ def save_model(model: peft.PeftModel, tokenizer, folder: Path) -> None:
     """Writes the adapter in PEFT's format and the tokenizer; every tensor is read back and compared."""
     model.save_pretrained(folder, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
-    trainable = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trainable[name] = parameter.detach().cpu().contiguous()
     save_file(trainable, folder / "trainable.safetensors")
     adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    for file, trained in {"adapter_model.safetensors": adapter, "trainable.safetensors": trainable}.items():
-        saved = load_file(folder / file)
-        if saved.keys() != trained.keys() or not all(torch.equal(saved[name], trained[name].cpu()) for name in saved):
-            raise OSError(f"{folder}: {file} is not what was trained")
+    check_saved(folder / "trainable.safetensors", trainable)
+    check_saved(folder / "adapter_model.safetensors", adapter)
 
 
-def save_checkpoint(args: Arguments, model, tokenizer, optimizer, lr_scheduler, sampler, state: dict) -> None:
-    folder = Path(args.output_dir) / f"checkpoint-{state['global_step']}"
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+def check_saved(path: Path, trained: dict[str, torch.Tensor]) -> None:
+    saved = load_file(path)
+    if saved.keys() != trained.keys() or not all(torch.equal(saved[name], trained[name].cpu()) for name in saved):
+        raise OSError(f"{path} is not what was trained")
+
+
+def save_checkpoint(args: Arguments, model, tokenizer, optimizer, lr_scheduler, rows, state: dict, devices) -> None:
+    folder = start_checkpoint(args, state["global_step"])
     save_model(model, tokenizer, folder)
-    rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-    parts = {"optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict(), "rng": rng}
-    torch.save(parts, folder / "training_state.pt")
+    random_states = {"cpu": torch.get_rng_state(), "cuda": []}
+    for device in devices:
+        if device.type == "cuda":
+            random_states["cuda"].append(torch.cuda.get_rng_state(device))
+    training_state = {
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": lr_scheduler.state_dict(),
+        "rng": random_states,
+    }
+    torch.save(training_state, folder / "training_state.pt")
     (folder / "trainer_state.json").write_text(json.dumps(state, indent=2))
-    data_collator.complete_checkpoint(folder, sampler)
+    publish_checkpoint(args, folder, resume_settings(args, rows))
 
 
-def load_checkpoint(folder: Path, model, optimizer, lr_scheduler) -> dict:
+def start_checkpoint(args: Arguments, step: int) -> Path:
+    """An empty folder to write a checkpoint in; whatever an interrupted run left there goes."""
+    folder = Path(args.output_dir) / ".writing" / f"checkpoint-{step}"
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def publish_checkpoint(args: Arguments, written: Path, settings: dict) -> None:
+    """Moves a written checkpoint to its place when all of it is on the disk, and deletes those beyond the limit."""
+    sizes = {str(path.relative_to(written)): path.stat().st_size for path in written.rglob("*") if path.is_file()}
+    (written / "settings.json").write_text(json.dumps({"settings": settings, "file_sizes": sizes}, indent=2))
+    for path in (*written.rglob("*"), written):
+        sync_to_disk(path)
+    checkpoint = Path(args.output_dir) / written.name
+    if checkpoint.exists():  # of a run that went on from an older one
+        delete_checkpoint(checkpoint)
+    written.rename(checkpoint)
+    sync_to_disk(checkpoint.parent)
+    for outdated in list_checkpoints(args.output_dir)[args.save_total_limit :]:
+        delete_checkpoint(outdated)
+
+
+def sync_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Renames it first: a half-deleted folder must not look like a checkpoint."""
+    doomed = folder.parent / ".deleting"
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def write_receipt(args: Arguments, rows: TrainingRows, devices: list, num_tokens: int, seconds: float) -> None:
+    """Writes run.json, the last file of a run: what was run, on what, with which versions and data."""
+    # A slim image may lack git.
+    command = [shutil.which("git") or "false", "rev-parse", "--verify", "HEAD"]
+    commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    packages = ("accelerate", "bitsandbytes", "datasets", "deepspeed", "peft", "safetensors", "torch", "transformers")
+    receipt = {
+        "command": sys.argv,
+        "arguments": asdict(args),
+        "versions": {name: version(name) for name in packages if name in sys.modules},
+        "git_commit": commit or None,
+        "dataset": rows.dataset.ledger,
+        "identity": resume_settings(args, rows),
+        "world_size": 1,
+        "devices": [str(device) for device in devices],
+        "peak_memory_bytes": [peak_memory()],
+        "wall_time_seconds": seconds,
+        "tokens_per_second": num_tokens / seconds,
+    }
+    path = Path(args.output_dir) / "run.json"
+    path.with_suffix(".tmp").write_text(json.dumps(receipt, indent=2, ensure_ascii=False), encoding="utf-8")
+    path.with_suffix(".tmp").rename(path)
+    print(f"saved {args.output_dir}")
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Resuming
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def resume_settings(args: Arguments, rows: TrainingRows) -> dict:
+    """What a resumed run must share with the interrupted one, or it would be another run."""
+    settings = {
+        "script": Path(__file__).name,
+        "dataset_sha256": rows.dataset.ledger.get("sha256"),
+        "num_rows": len(rows.dataset),
+        "rows_per_step": rows.rows_per_step,
+    }
+    if args.random_passage:
+        settings["passage_length"] = args.passage_length
+    for name in SHARED_BY_RESUMED:
+        settings[name] = getattr(args, name)
+    return settings
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The folders checkpoint-<step>, newest first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def find_checkpoint(choice: str, output_dir: str, settings: dict) -> Path | None:
+    """The checkpoint to resume from, or None to start from the beginning.
+
+    Args:
+        choice: `True` for the newest usable one in `output_dir`, `False` for none, or a folder.
+        settings: of this run, as resume_settings gives them.
+
+    Raises:
+        ValueError: the folder is damaged, its run had other rows or settings, or output_dir holds a newer one.
+    """
+    if choice == "False":
+        return None
+    checkpoints = list_checkpoints(output_dir)
+    if choice != "True":
+        checkpoint = Path(choice)
+        damage = find_damage(checkpoint)
+        if damage:
+            raise ValueError(f"{damage}; name a complete checkpoint, or True for the newest in --output_dir")
+        newest = next((path for path in checkpoints if find_damage(path) is None), None)
+        if newest and newest.resolve() != checkpoint.resolve():
+            raise ValueError(f"the run would mix with {newest}; choose another --output_dir")
+        checkpoints = [checkpoint]
+    for checkpoint in checkpoints:
+        damage = find_damage(checkpoint)
+        if damage:
+            print(f"ignoring {checkpoint}: {damage}")
+            continue
+        before = read_settings(checkpoint)["settings"]
+        changed = {name: value for name, value in before.items() if value != settings.get(name)}
+        if changed:
+            raise ValueError(f"{checkpoint} belongs to a run with {changed}; resume with the same")
+        print(f"resuming from {checkpoint}")
+        return checkpoint
+    print(f"no complete checkpoint in {output_dir}: starting from the beginning")
+    return None
+
+
+def read_settings(checkpoint: Path) -> dict:
+    """`settings` of the run and `file_sizes` of a checkpoint; those of the toolkit's former layout alike."""
+    former = checkpoint / "complete.json"
+    if former.is_file():
+        complete = json.loads(former.read_text())
+        sizes = {name: file["bytes"] for name, file in complete["files"].items()}
+        return {"settings": complete["identity"], "file_sizes": sizes}
+    return json.loads((checkpoint / "settings.json").read_text())
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None: a file is missing, has another size or cannot be opened."""
+    if not (checkpoint / "settings.json").is_file() and not (checkpoint / "complete.json").is_file():
+        return "it has no settings.json, so it is not a checkpoint of this toolkit, or was never finished"
+    try:
+        sizes = read_settings(checkpoint)["file_sizes"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "its settings.json is damaged"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"missing or damaged: {name}"
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):  # compares the header with the file's size
+                    pass
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix in (".pt", ".bin", ".pth") and not zipfile.is_zipfile(path):  # what torch.save writes
+                return f"missing or damaged: {name}"
+        except (SafetensorError, ValueError):
+            return f"missing or damaged: {name}"
+    return None
+
+
+def load_checkpoint(folder: Path, model, optimizer, lr_scheduler, devices) -> dict:
     """Puts weights, optimizer, schedule and random numbers back; returns the state."""
     load_adapter(model, folder)
     parts = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(parts["optimizer"])
     lr_scheduler.load_state_dict(parts["lr_scheduler"])
     torch.set_rng_state(parts["rng"]["cpu"])
-    torch.cuda.set_rng_state_all(parts["rng"]["cuda"])
+    gpus = [device for device in devices if device.type == "cuda"]
+    for device, random_state in zip(gpus, parts["rng"]["cuda"], strict=False):  # a run may go on with fewer GPUs
+        torch.cuda.set_rng_state(random_state, device)
     return json.loads((folder / "trainer_state.json").read_text())
 
 
+def set_former_run_aside(output_dir: Path, checkpoint: Path | None) -> None:
+    """Renames a folder that holds a run, unless that run is resumed from `checkpoint`: a new run would overwrite it."""
+    if checkpoint is not None:
+        (output_dir / "run.json").unlink(missing_ok=True)  # it is written again when the resumed run has finished
+        return
+    if list_checkpoints(output_dir) or (output_dir / "run.json").is_file():
+        former = output_dir.rename(f"{output_dir}.{time.strftime('%Y%m%d-%H%M%S')}")
+        print(f"{output_dir} held a former run, which is now {former}")
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# From the command line to the saved model
+# -------------------------------------------------------------------------------------------------------------------
+
+
 def main() -> None:
-    parser = HfArgumentParser(Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
+    parser = HfArgumentParser(
+        Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False, exit_on_error=False
+    )  # fmt: skip
     try:
         (args,) = parser.parse_args_into_dataclasses()
-        config, tokenizer, sampler, eval_dataset, checkpoint = check_arguments(args)
-    except ValueError as mistakes:
+        config, tokenizer, rows, eval_dataset, checkpoint = check_arguments(args)
+    except (ValueError, argparse.ArgumentError) as mistakes:
         sys.exit(f"error: {mistakes}\n--help lists every flag with its default")
-    num_gpus = 0 if args.use_cpu else min(torch.cuda.device_count(), config.num_hidden_layers)
-    devices = [torch.device("cuda", i) for i in range(num_gpus)] or [torch.device("cpu")]
-    bf16 = data_collator.use_bf16(args.bf16, num_gpus == 0)
+    devices = [torch.device("cpu")]
+    if torch.cuda.device_count() > 0 and not args.use_cpu:
+        num_gpus = min(torch.cuda.device_count(), config.num_hidden_layers)
+        devices = [torch.device("cuda", i) for i in range(num_gpus)]
     set_seed(args.seed)
-    model = load_model(args, config, devices, bf16)
-    if args.padding_free or sampler.dataset.packed:
-        data_collator.check_document_attention(model, config.vocab_size)
-    started, output_dir = time.perf_counter(), Path(args.output_dir)
-    data_collator.set_former_run_aside(output_dir, checkpoint)
-    num_tokens = train(args, model, tokenizer, sampler, eval_dataset, checkpoint, devices[0], bf16)
+    model = load_model(args, config, devices)
+    try:
+        compute_loss = choose_loss(args, model, rows)
+    except ValueError as problem:
+        sys.exit(f"error: --attn_implementation {args.attn_implementation}: {problem}")
+
+    started = time.perf_counter()
+    output_dir = Path(args.output_dir)
+    set_former_run_aside(output_dir, checkpoint)
+    num_tokens = train(args, model, compute_loss, tokenizer, rows, eval_dataset, checkpoint, devices)
     save_model(model, tokenizer, output_dir)
-    seconds = time.perf_counter() - started
-    facts = {"wall_time_seconds": seconds, "tokens_per_second": num_tokens / seconds}
-    data_collator.write_receipt(output_dir, asdict(args), sampler, [str(device) for device in devices], facts)
+    (output_dir / ".writing").rmdir()
+    write_receipt(args, rows, devices, num_tokens, time.perf_counter() - started)
 
 
 if __name__ == "__main__":

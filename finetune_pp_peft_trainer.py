@@ -9,29 +9,61 @@ saves activations for a third more work. One process is a world of one, so it ru
     sh scripts/finetune_pp_peft_trainer.sh
     USE_CPU=1 NUM_GPUS=2 sh scripts/finetune_pp_peft_trainer.sh
 
-Writes into --output_dir: the model in Hugging Face's format and the tokenizer, checkpoint-<step>/ (valid only with
-complete.json), trainer_state.json (the loss curve), runs/ (TensorBoard) and last run.json (the receipt).
+Writes into --output_dir: the model in Hugging Face's format and the tokenizer, checkpoint-<step>/, trainer_state.json
+(the loss curve), runs/ (TensorBoard) and last run.json (the receipt). SIGTERM saves a checkpoint and ends.
 """
 
+import argparse
+import json
+import math
 import os
+import resource
+import shutil
+import signal
+import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+import threading
+import time
+import zipfile
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 import transformers
-from accelerate import DistributedType, PartialState
+from accelerate import DistributedType
 from accelerate.utils import save_fsdp_optimizer
+from safetensors import SafetensorError, safe_open
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    SchedulerType,
+    get_scheduler,
+    set_seed,
+)
 
 import data_collator
-from data_collator import DataCollator, RowSampler, TokenizedDataset, use_bf16
+from data_collator import DataCollator, LossHead, TokenizedDataset, TrainingRows
+
+ATTENTION_KERNELS = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+# Flags that a resumed run must share with the interrupted one, besides the rows and their order.
+SHARED_BY_RESUMED = (
+    "model_path", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
+)  # fmt: skip
 
 
-def flag(default, help: str, choices: str | None = None):
-    return field(default=default, metadata={"help": help} | ({"metavar": choices} if choices else {}))
+def flag(default, help: str, limit: str | None = None):
+    """A flag with its help; `limit` is what a number must be: "> 0" or ">= 0"."""
+    metadata = {"help": help}
+    if limit is not None:
+        metadata["metavar"] = limit
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -40,31 +72,32 @@ class Arguments:
     dataset_path: str = flag("data_sample/tokenized/triage_train", "tokenized folder, or name:weight,name:weight")
     eval_dataset_path: str | None = flag(None, "another such folder, for the evaluation loss")
     random_passage: bool = flag(False, "draw a random passage of each whole document (--format text) at every epoch")
-    passage_length: int = flag(512, "tokens of a passage")
+    passage_length: int = flag(512, "tokens of a passage", "> 0")
     output_dir: str = flag("outputs/finetune_pp_peft_trainer", "folder for all that the run leaves")
-    num_train_epochs: float = flag(1, "passes over the data")
+    num_train_epochs: float = flag(1, "passes over the data", "> 0")
     max_steps: int = flag(-1, "optimizer steps; above 0 it overrides num_train_epochs")
-    per_device_train_batch_size: int = flag(8, "rows of one forward")
-    per_device_eval_batch_size: int = flag(8, "rows of one forward in evaluation")
-    gradient_accumulation_steps: int = flag(1, "forwards of one optimizer step")
-    learning_rate: float = flag(2e-5, "peak learning rate of AdamW")
-    lr_scheduler_type: str = flag("cosine", "how the rate falls", "cosine|linear|constant_with_warmup")
-    warmup_steps: float = flag(0.03, "steps of warm-up; below 1: a share of all steps")
-    weight_decay: float = flag(0.0, "AdamW's, never on norms and biases")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
-    logging_steps: int = flag(1, "log every so many optimizer steps")
-    eval_steps: int = flag(100, "evaluate every so many steps, and at the end")
-    save_steps: int = flag(100, "checkpoint every so many steps, and at the end")
-    save_total_limit: int = flag(2, "complete checkpoints that are kept")
-    seed: int = flag(42, "of the row order and dropout")
-    bf16: str = flag("auto", "compute in bf16; auto: where the hardware is fast at it", "auto|True|False")
+    per_device_train_batch_size: int = flag(8, "rows of one forward", "> 0")
+    per_device_eval_batch_size: int = flag(8, "rows of one forward in evaluation", "> 0")
+    gradient_accumulation_steps: int = flag(1, "forwards of one optimizer step", "> 0")
+    learning_rate: float = flag(2e-5, "peak learning rate of AdamW", "> 0")
+    lr_scheduler_type: SchedulerType = flag("cosine", "how the rate falls")
+    lr_scheduler_kwargs: str = flag("{}", 'more of the schedule, as JSON: {"min_lr": 1e-6}')
+    warmup_steps: float = flag(0.03, "steps of warm-up; below 1: a share of all steps", ">= 0")
+    weight_decay: float = flag(0.0, "AdamW's, never on norms and biases", ">= 0")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", "> 0")
+    logging_steps: int = flag(1, "log every so many optimizer steps", "> 0")
+    eval_steps: int = flag(100, "evaluate every so many steps, and at the end", "> 0")
+    save_steps: int = flag(100, "checkpoint every so many steps, and at the end", "> 0")
+    save_total_limit: int = flag(2, "checkpoints that are kept", "> 0")
+    seed: int = flag(42, "of the row order and dropout", ">= 0")
+    bf16: Literal["auto", "True", "False"] = flag("auto", "compute in bf16; auto: where the hardware is fast at it")
     padding_free: bool = flag(True, "join the rows of a batch instead of padding them")
     gradient_checkpointing: bool = flag(False, "recompute activations: a third more work, much less memory")
-    attn_implementation: str = flag("auto", "kernel of attention; auto: document by document", data_collator.ATTENTION)
-    torch_compile: bool = flag(False, "compile the model: minutes at first, then faster steps")
+    attn_implementation: ATTENTION_KERNELS = flag("auto", "kernel of attention; auto: inside each document")
+    torch_compile: bool = flag(False, "compile the decoder layers: minutes at first, then faster steps")
     resume_from_checkpoint: str = flag("False", "True: the newest complete one in output_dir; or a checkpoint folder")
     use_cpu: bool = flag(False, "leave the GPUs alone")
-    report_to: str = flag("tensorboard", "where the loss curve is shown", "tensorboard|none")
+    report_to: Literal["tensorboard", "none"] = flag("tensorboard", "where the loss curve is shown")
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -73,44 +106,148 @@ class Arguments:
 
 
 def check_arguments(args: Arguments):
-    """Returns (config, tokenizer, row sampler, evaluation set or None, checkpoint to resume from or None).
+    """Returns (config, tokenizer, rows in the order of training, evaluation set or None, checkpoint or None).
 
     Raises:
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
     """
-    mistakes = data_collator.find_mistakes(args)
-
-    def attempt(name: str, action, *context):
-        value = getattr(args, name)
-        try:
-            return None if value is None else action(value, *context)
-        except (ValueError, OSError) as problem:
-            mistakes.append(f"--{name} {value}: {problem}")
-
     args.use_cpu |= torch.cuda.device_count() == 0
+    mistakes = check_numbers(args) + check_machine(args) + check_launcher()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         mistakes.append("ACCELERATE_USE_DEEPSPEED is true, and this script uses FSDP: unset it")
-    config, tokenizer = attempt("model_path", load_config) or (None, None)
-    passage = args.random_passage * args.passage_length  # 0: none
-    dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer, passage, args.seed)
-    eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer, passage)
-    if not mistakes:
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        sampler = RowSampler(dataset, rows * int(os.environ.get("WORLD_SIZE", 1)), args.seed)
-        sampler.settings = asdict(args)
-        checkpoint = attempt("resume_from_checkpoint", data_collator.find_checkpoint, args.output_dir, sampler)
+
+    def attempt(name: str, action, *context):
+        """What `action` makes of a flag's value; its error becomes a mistake of that flag."""
+        value = getattr(args, name)
+        if value is None:
+            return None
+        try:
+            return action(value, *context)
+        except (ValueError, OSError, ImportError) as problem:
+            mistakes.append(f"--{name} {value}: {problem}")
+
+    config = attempt("model_path", load_config)
+    tokenizer = None
+    if config is not None:
+        tokenizer = attempt("model_path", AutoTokenizer.from_pretrained)
+        attempt("attn_implementation", check_attention, config, args)
+    passage_length = 0
+    if args.random_passage:
+        passage_length = args.passage_length
+    dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer, passage_length, args.seed)
+    eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer, passage_length)
     if mistakes:
         raise ValueError("\n".join(mistakes))
-    return config, tokenizer, sampler, eval_dataset, checkpoint
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    rows_per_step = num_processes * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    rows = TrainingRows(dataset, rows_per_step, args.num_train_epochs, args.max_steps, args.seed)
+    attempt("lr_scheduler_kwargs", json.loads)
+    attempt("lr_scheduler_type", check_schedule, args, rows.num_steps)
+    checkpoint = attempt("resume_from_checkpoint", find_checkpoint, args.output_dir, resume_settings(args, rows))
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return config, tokenizer, rows, eval_dataset, checkpoint
+
+
+def check_numbers(args: Arguments) -> list[str]:
+    """The numbers that are not what their flag's limit says."""
+    mistakes = []
+    for argument in fields(args):
+        value = getattr(args, argument.name)
+        limit = argument.metadata.get("metavar")
+        if limit is None or value is None:
+            continue
+        is_allowed = value > 0 or (limit == ">= 0" and value == 0)
+        if not is_allowed or math.isinf(value):
+            mistakes.append(f"--{argument.name} {value}: must be {limit}")
+    return mistakes
+
+
+def check_machine(args: Arguments) -> list[str]:
+    """The output folder can be written, and each process has a GPU or was told to use the CPU."""
+    mistakes = []
+    output_dir = Path(args.output_dir).absolute()
+    folder = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        mistakes.append(f"--output_dir {args.output_dir}: {folder} is not a writable folder; choose another")
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    num_gpus = torch.cuda.device_count()
+    if num_processes > max(1, num_gpus) and not args.use_cpu:
+        mistakes.append(f"--use_cpu False: {num_processes} processes need as many GPUs, and there are {num_gpus}")
+    return mistakes
+
+
+def check_launcher() -> list[str]:
+    """torchrun sets all of these; with a part of them, some rows would go to processes that do not exist."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    for name in ("RANK", "WORLD_SIZE"):
+        if name in os.environ and missing:
+            return [f"{name} is set and {', '.join(missing)} not: start the script by torchrun, or unset {name}"]
+    return []
 
 
 def load_config(path: str):
-    """Configuration and tokenizer of the model in folder `path` or on the hub."""
+    """The configuration of the model in folder `path` or on the hub."""
     if not Path(path).is_dir() and path.startswith((".", "/", "~", "models/", "outputs/")):
         raise FileNotFoundError("no such folder; bash scripts/quickstart.sh fetches the sample model")
     if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
         raise FileNotFoundError("no .safetensors file in it; name the folder of a whole model")
-    return AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    return AutoConfig.from_pretrained(path)
+
+
+def check_attention(kernel: str, config, args: Arguments) -> None:
+    """The machine has the kernel: transformers is asked, by a model without weights."""
+    num_gpus = torch.cuda.device_count()
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    on_gpu = num_gpus > 0 and not args.use_cpu
+    if kernel == "flex_attention" and not (on_gpu and num_gpus <= num_processes):
+        raise ValueError("it needs a GPU, and of several a process for each: its mask cannot follow layers to another")
+    if kernel.startswith("flash"):
+        if not on_gpu or not computes_in_bf16(args) or not args.padding_free:
+            raise ValueError("it needs a GPU, bf16 and --padding_free True; auto runs anywhere")
+        make_skeleton(config, kernel)  # raises what else it needs, such as a package
+
+
+def make_skeleton(config, kernel: str | None = None) -> torch.nn.Module:
+    """The model without weights: its names and shapes."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
+
+
+def computes_in_bf16(args: Arguments) -> bool:
+    """Whether to compute in bf16: where the hardware is slow at it, it is tens of times slower than float32."""
+    if args.bf16 != "auto":
+        return args.bf16 == "True"
+    if torch.cuda.device_count() > 0 and not args.use_cpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Private in PyTorch, which has no public name for the same questions.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def check_schedule(name: str, args: Arguments, num_steps: int) -> None:
+    """A rehearsal of the schedule on one weight."""
+    if name in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError("it follows an evaluation, and the rate of this script follows the step alone")
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=args.learning_rate)
+    try:
+        make_schedule(args, optimizer, num_steps)
+    except (TypeError, KeyError, AttributeError) as problem:
+        raise ValueError(f"{problem}; --lr_scheduler_kwargs {args.lr_scheduler_kwargs} takes more settings") from None
+
+
+def make_schedule(args: Arguments, optimizer: torch.optim.Optimizer, num_steps: int):
+    """Warm-up, then the schedule."""
+    warmup_steps = args.warmup_steps
+    if warmup_steps < 1:
+        warmup_steps *= num_steps
+    return get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=math.ceil(warmup_steps),
+        num_training_steps=num_steps,
+        scheduler_specific_kwargs=json.loads(args.lr_scheduler_kwargs),
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -118,26 +255,51 @@ def load_config(path: str):
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def make_training_arguments(args: Arguments, sampler: RowSampler) -> transformers.TrainingArguments:
-    """Joins the other processes, and says what transformers' loop is to do."""
-    flags = asdict(args) | {"max_steps": sampler.num_steps(args), "bf16": use_bf16(args.bf16, args.use_cpu)}
-    flags |= {"save_total_limit": None, "gradient_checkpointing": None}  # what they ask for is done elsewhere
+def join_processes() -> None:
+    """Without torchrun, a world of one process."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ |= {"TENSORBOARD_LOGGING_DIR": f"{args.output_dir}/runs", "ACCELERATE_USE_FSDP": "true"}
-    os.environ |= {} if "RANK" in os.environ else alone  # without torchrun: a world of one process
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+
+
+def make_training_arguments(args: Arguments, config, rows: TrainingRows) -> transformers.TrainingArguments:
+    """Joins the other processes, and says what transformers' loop is to do."""
+    join_processes()
+    os.environ["TENSORBOARD_LOGGING_DIR"] = f"{args.output_dir}/runs"
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
     training_args = transformers.TrainingArguments(
-        **{name: value for name, value in flags.items() if name in transformers.TrainingArguments.__dataclass_fields__},
+        output_dir=f"{args.output_dir}/.writing",  # from where a checkpoint is moved when it is complete
+        max_steps=rows.num_steps,
+        train_sampling_strategy="sequential",  # rows is in the order of training
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        per_device_eval_batch_size=args.per_device_eval_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        optim="adamw_torch_fused",
+        learning_rate=args.learning_rate,
+        lr_scheduler_type=args.lr_scheduler_type,
+        lr_scheduler_kwargs=json.loads(args.lr_scheduler_kwargs),
+        warmup_steps=args.warmup_steps,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        logging_steps=args.logging_steps,
+        save_steps=args.save_steps,
+        seed=args.seed,
+        bf16=computes_in_bf16(args),
+        use_cpu=args.use_cpu,
+        use_cache=config.use_cache,  # it would write False into the model's configuration
+        report_to=args.report_to,
+        logging_nan_inf_filter=False,  # a loss that is not finite is to be seen
+        remove_unused_columns=False,  # the collator needs all of them
+        ddp_timeout=24 * 3600,  # others wait while the first process writes a large checkpoint
         fsdp=True,
         fsdp_config={"version": 2, "cpu_ram_efficient_loading": True},
         # Else each process would sum the gradients of an optimizer step in a whole copy, not in its shard.
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}},
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
     )
     if args.use_cpu:
         # accelerate's list of types that may use FSDP lacks MULTI_CPU, and it would fall back to DDP without a word.
         # Told that the type is another, it shards over gloo as it does over NCCL.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        training_args.distributed_state.distributed_type = DistributedType.MULTI_GPU
     return training_args
 
 
@@ -146,81 +308,463 @@ def load_model(args: Arguments, checkpoint: Path | None) -> torch.nn.Module:
 
     Only the first process of a node reads the weights; FSDP then sends each process its shards.
     """
-    model = AutoModelForCausalLM.from_pretrained(
+    kernel = args.attn_implementation
+    if kernel == "auto":
+        kernel = None  # transformers' choice
+    model, loading = AutoModelForCausalLM.from_pretrained(
         checkpoint or args.model_path,
         dtype=torch.float32,
-        attn_implementation=None if args.attn_implementation == "auto" else args.attn_implementation,
+        attn_implementation=kernel,
         use_safetensors=True,
+        output_loading_info=True,
     )
+    check_loading(args, loading)
+    if args.attn_implementation == "auto" and args.padding_free:
+        data_collator.attend_inside_documents(model)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if args.torch_compile:
+        compile_layers(model)
     return model
 
 
+def check_loading(args: Arguments, loading: dict) -> None:
+    """transformers draws weights that the files lack at random, and only prints a report."""
+    lacking = sorted(loading["missing_keys"]) + sorted(str(key[0]) for key in loading["mismatched_keys"])
+    if lacking:
+        sys.exit(f"error: --model_path {args.model_path}: its files lack {len(lacking)} tensors that the model needs, "
+                 f"or hold them in another shape: {', '.join(lacking[:3])}; download it again")  # fmt: skip
+
+
+def compile_layers(model: torch.nn.Module) -> None:
+    """Compiles the decoder layers, which are alike: one graph for all of them, and for rows of any length."""
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:
+            module.compile(dynamic=True)
+
+
 # -------------------------------------------------------------------------------------------------------------------
-# Training: transformers' loop, with the toolkit's order of rows and its run folder
+# Training: transformers' loop, with the rows in their order and the toolkit's run folder
 # -------------------------------------------------------------------------------------------------------------------
 
 
-class FSDPTrainer(data_collator.RowTrainer, transformers.Trainer):
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
+class FSDPTrainer(transformers.Trainer):
+    """transformers' loop, with the loss, the evaluation and the saving of this toolkit."""
+
+    loss_is_scaled_for_ga = True  # transformers is not to divide the loss by the number of micro-batches
+
+    def __init__(self, script_args: Arguments, loss_head: LossHead | None, **arguments):
+        super().__init__(**arguments)
+        self.script_args = script_args
+        self.loss_head = loss_head
+        self.add_callback(RunCallback(self))
         if self.args.bf16:
-            # accelerate's policy would sum gradients in bf16, and round the loss to bf16, too.
+            # accelerate's own policy would sum gradients in bf16, and round the loss to bf16, too.
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
+    def summed_loss(self, model, batch: dict) -> torch.Tensor:
+        """The summed loss of a batch's targets, float32."""
+        return data_collator.summed_loss(model, batch, self.loss_head)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
+        """The summed loss, divided once by the targets of the whole optimizer step, of all processes."""
+        # Gradients are averaged over the processes, and here they are to be summed.
+        return self.summed_loss(model, inputs) * (self.args.world_size / num_items_in_batch)
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Loss per target token over the whole set."""
+        self.model.eval()
+        dataset = eval_dataset or self.eval_dataset
+        batch_size = self.args.per_device_eval_batch_size
+        total = torch.zeros(2, dtype=torch.float64)
+        for first in range(0, len(dataset), batch_size * self.args.world_size):
+            start = first + self.args.process_index * batch_size
+            rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+            if not rows:  # every process takes part in every forward
+                rows = [data_collator.filler_row(dataset.packed)]
+            batch = self.data_collator(rows)
+            inputs = data_collator.move_to_device(batch, self.args.device)
+            loss = self.summed_loss(self.model_wrapped, inputs)
+            total += torch.tensor([loss.item(), data_collator.num_targets(batch)])
+        total = total.to(self.args.device)
+        dist.all_reduce(total)
+        return {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
+
+    def is_evaluated_at(self, step: int) -> bool:
+        is_due = step % self.script_args.eval_steps == 0 or step == self.state.max_steps
+        return self.eval_dataset is not None and is_due
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Stops at a loss that is not finite; the evaluation loss stands in its step's own row."""
+        if "loss" not in logs:
+            return  # transformers' summary at the end, which run.json has
+        if not math.isfinite(logs["loss"] + logs["grad_norm"]):
+            stop(f"error: step {self.state.global_step} has loss {logs['loss']} and gradient norm "
+                 f"{logs['grad_norm']}; checkpoints saved before are good; lower --learning_rate")  # fmt: skip
+        logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+        logs["peak_memory_bytes"] = peak_memory()
+        if self.is_evaluated_at(self.state.global_step):
+            logs.update(self.evaluate())
+        super().log(logs)
+        # Memory is for TensorBoard alone: a resumed run's history stays that of an uninterrupted one.
+        del self.state.log_history[-1]["peak_memory_bytes"]
 
     def is_sharded(self, parameter: torch.nn.Parameter) -> bool:
         return isinstance(parameter, DTensor)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The first process writes model and tokenizer in Hugging Face's format, and reads every tensor back."""
-        model, folder, trained = self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir), {}
+        folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
         names = {name for name, _ in model.named_parameters()}  # a tied head once
-        for name, tensor in model.state_dict().items():
-            whole = tensor.full_tensor() if name in names else None  # all gather it; the first process keeps it
-            if self.args.should_save and name in names:
-                trained[name] = whole.cpu()
+        trained = {}
+        for name, tensor in model.state_dict().items():  # unlike a parameter, sharded after an evaluation, too
+            if name in names:
+                whole = tensor.full_tensor()  # gathered by all processes; the first one keeps it
+                if self.args.should_save:
+                    trained[name] = whole.cpu()
         if self.args.should_save:
             model.save_pretrained(folder, state_dict=trained)
             self.processing_class.save_pretrained(folder)
-            data_collator.verify(folder, trained)
+            check_saved(folder, trained)
+
+    # These two are private in transformers, which has no public way to leave the weights out of the optimizer's file.
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # transformers' own would write the weights a second time.
+        """Without the weights, which save_model has written: transformers' own would write them a second time."""
         plugin = self.accelerator.state.fsdp_plugin
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
-    def _load_from_checkpoint(self, *args, **kwargs) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Nothing: load_model has loaded the weights."""
 
 
+class RunCallback(transformers.TrainerCallback):
+    """What the toolkit adds to transformers' loop, at the places where transformers calls it.
+
+    Tokens are counted once a step and without communication, from the order of the rows. A step is logged before it
+    is saved; the last one is always evaluated and saved. SIGTERM, by which a cluster preempts a job, asks for a
+    checkpoint and the end.
+    """
+
+    def __init__(self, trainer: FSDPTrainer):
+        self.trainer = trainer
+        self.terminated = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: self.terminated.set())
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """The model is wrapped now: is it sharded, do documents stay apart, and which loss does it allow?"""
+        trainer = self.trainer
+        if not all(trainer.is_sharded(parameter) for parameter in model.parameters()):
+            stop("error: the parameters are not sharded, although this script asked for it")
+        vocab_size = model.config.vocab_size
+        if trainer.script_args.padding_free or trainer.train_dataset.dataset.packed:
+            try:
+                data_collator.check_document_attention(model, vocab_size)
+            except ValueError as problem:
+                stop(f"error: --attn_implementation {trainer.script_args.attn_implementation}: {problem}")
+        if trainer.loss_head and not data_collator.computes_plain_logits(model, vocab_size, trainer.summed_loss):
+            trainer.loss_head = None
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        rows = self.trainer.train_dataset
+        step = state.global_step
+        state.epoch = step / rows.steps_per_epoch  # to transformers the whole run is one epoch
+        state.num_input_tokens_seen += rows.num_tokens(step - 1)
+        terminated = torch.tensor(float(self.terminated.is_set()), device=args.device)
+        dist.all_reduce(terminated)  # the signal may reach the processes in different steps
+        if terminated.item() > 0:
+            control.should_training_stop = True
+            control.should_save = True
+        if control.should_save or self.trainer.is_evaluated_at(step):
+            control.should_log = True
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        """transformers has written a checkpoint into .writing."""
+        dist.barrier()
+        if args.should_save:
+            script_args = self.trainer.script_args
+            settings = resume_settings(script_args, self.trainer.train_dataset)
+            publish_checkpoint(script_args, Path(args.output_dir) / f"checkpoint-{state.global_step}", settings)
+        dist.barrier()  # after SIGTERM no process leaves before it is in its place
+
+
+def stop(message: str) -> None:
+    """Ends all processes with one message."""
+    if dist.get_rank() == 0:
+        sys.exit(message)
+    sys.exit(1)
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has held on its GPUs, or in host memory without one."""
+    on_gpus = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return on_gpus or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Saving: a checkpoint is moved to its place when all of it is on the disk, so that one with its name is complete
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def check_saved(folder: Path, trained: dict[str, torch.Tensor]) -> None:
+    """Reads back every tensor of the safetensors files in `folder`, one at a time, and compares it with `trained`.
+
+    Raises:
+        OSError: a tensor is missing or differs.
+    """
+    unsaved = dict(trained)
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                if name in unsaved and torch.equal(file.get_tensor(name), unsaved[name]):
+                    del unsaved[name]
+    if unsaved:
+        raise OSError(f"{folder}: {', '.join(unsaved)} was not saved as it was trained")
+
+
+def publish_checkpoint(args: Arguments, written: Path, settings: dict) -> None:
+    """Moves a written checkpoint to its place when all of it is on the disk, and deletes those beyond the limit."""
+    sizes = {str(path.relative_to(written)): path.stat().st_size for path in written.rglob("*") if path.is_file()}
+    (written / "settings.json").write_text(json.dumps({"settings": settings, "file_sizes": sizes}, indent=2))
+    for path in (*written.rglob("*"), written):
+        sync_to_disk(path)
+    checkpoint = Path(args.output_dir) / written.name
+    if checkpoint.exists():  # of a run that went on from an older one
+        delete_checkpoint(checkpoint)
+    written.rename(checkpoint)
+    sync_to_disk(checkpoint.parent)
+    for outdated in list_checkpoints(args.output_dir)[args.save_total_limit :]:
+        delete_checkpoint(outdated)
+
+
+def sync_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Renames it first: a half-deleted folder must not look like a checkpoint."""
+    doomed = folder.parent / ".deleting"
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def write_receipt(args: Arguments, rows: TrainingRows, device: torch.device, num_tokens: int, seconds: float) -> None:
+    """Writes run.json, the last file of a run: what was run, on what, with which versions and data.
+
+    All processes call it, each with its own device; the first one writes.
+    """
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (str(device), peak_memory()))
+    if dist.get_rank() > 0:
+        return
+    # A slim image may lack git.
+    command = [shutil.which("git") or "false", "rev-parse", "--verify", "HEAD"]
+    commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    packages = ("accelerate", "bitsandbytes", "datasets", "deepspeed", "peft", "safetensors", "torch", "transformers")
+    receipt = {
+        "command": sys.argv,
+        "arguments": asdict(args),
+        "versions": {name: version(name) for name in packages if name in sys.modules},
+        "git_commit": commit or None,
+        "dataset": rows.dataset.ledger,
+        "identity": resume_settings(args, rows),
+        "world_size": len(ranks),
+        "devices": [device for device, _ in ranks],
+        "peak_memory_bytes": [memory for _, memory in ranks],
+        "wall_time_seconds": seconds,
+        "tokens_per_second": num_tokens / seconds,
+    }
+    path = Path(args.output_dir) / "run.json"
+    path.with_suffix(".tmp").write_text(json.dumps(receipt, indent=2, ensure_ascii=False), encoding="utf-8")
+    path.with_suffix(".tmp").rename(path)
+    print(f"saved {args.output_dir}")
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Resuming
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def resume_settings(args: Arguments, rows: TrainingRows) -> dict:
+    """What a resumed run must share with the interrupted one, or it would be another run."""
+    settings = {
+        "script": Path(__file__).name,
+        "dataset_sha256": rows.dataset.ledger.get("sha256"),
+        "num_rows": len(rows.dataset),
+        "rows_per_step": rows.rows_per_step,
+    }
+    if args.random_passage:
+        settings["passage_length"] = args.passage_length
+    for name in SHARED_BY_RESUMED:
+        settings[name] = getattr(args, name)
+    return settings
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The folders checkpoint-<step>, newest first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def find_checkpoint(choice: str, output_dir: str, settings: dict) -> Path | None:
+    """The checkpoint to resume from, or None to start from the beginning.
+
+    Args:
+        choice: `True` for the newest usable one in `output_dir`, `False` for none, or a folder.
+        settings: of this run, as resume_settings gives them.
+
+    Raises:
+        ValueError: the folder is damaged, its run had other rows or settings, or output_dir holds a newer one.
+    """
+    if choice == "False":
+        return None
+    checkpoints = list_checkpoints(output_dir)
+    if choice != "True":
+        checkpoint = Path(choice)
+        damage = find_damage(checkpoint)
+        if damage:
+            raise ValueError(f"{damage}; name a complete checkpoint, or True for the newest in --output_dir")
+        newest = next((path for path in checkpoints if find_damage(path) is None), None)
+        if newest and newest.resolve() != checkpoint.resolve():
+            raise ValueError(f"the run would mix with {newest}; choose another --output_dir")
+        checkpoints = [checkpoint]
+    for checkpoint in checkpoints:
+        damage = find_damage(checkpoint)
+        if damage:
+            print(f"ignoring {checkpoint}: {damage}")
+            continue
+        before = read_settings(checkpoint)["settings"]
+        changed = {name: value for name, value in before.items() if value != settings.get(name)}
+        if changed:
+            raise ValueError(f"{checkpoint} belongs to a run with {changed}; resume with the same")
+        print(f"resuming from {checkpoint}")
+        return checkpoint
+    print(f"no complete checkpoint in {output_dir}: starting from the beginning")
+    return None
+
+
+def read_settings(checkpoint: Path) -> dict:
+    """`settings` of the run and `file_sizes` of a checkpoint; those of the toolkit's former layout alike."""
+    former = checkpoint / "complete.json"
+    if former.is_file():
+        complete = json.loads(former.read_text())
+        sizes = {name: file["bytes"] for name, file in complete["files"].items()}
+        return {"settings": complete["identity"], "file_sizes": sizes}
+    return json.loads((checkpoint / "settings.json").read_text())
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None: a file is missing, has another size or cannot be opened."""
+    if not (checkpoint / "settings.json").is_file() and not (checkpoint / "complete.json").is_file():
+        return "it has no settings.json, so it is not a checkpoint of this toolkit, or was never finished"
+    try:
+        sizes = read_settings(checkpoint)["file_sizes"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "its settings.json is damaged"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"missing or damaged: {name}"
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):  # compares the header with the file's size
+                    pass
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix in (".pt", ".bin", ".pth") and not zipfile.is_zipfile(path):  # what torch.save writes
+                return f"missing or damaged: {name}"
+        except (SafetensorError, ValueError):
+            return f"missing or damaged: {name}"
+    return None
+
+
+def set_former_run_aside(output_dir: Path, checkpoint: Path | None) -> None:
+    """Renames a folder that holds a run, unless that run is resumed from `checkpoint`: a new run would overwrite it."""
+    if checkpoint is not None:
+        (output_dir / "run.json").unlink(missing_ok=True)  # it is written again when the resumed run has finished
+        return
+    if list_checkpoints(output_dir) or (output_dir / "run.json").is_file():
+        former = output_dir.rename(f"{output_dir}.{time.strftime('%Y%m%d-%H%M%S')}")
+        print(f"{output_dir} held a former run, which is now {former}")
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# From the command line to the saved model
+# -------------------------------------------------------------------------------------------------------------------
+
+
 def main() -> None:
-    parser = HfArgumentParser(Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
+    parser = HfArgumentParser(
+        Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False, exit_on_error=False
+    )  # fmt: skip
     is_first = os.environ.get("RANK", "0") == "0"
-    sys.stdout = sys.stdout if is_first else open(os.devnull, "w")
+    if not is_first:
+        sys.stdout = open(os.devnull, "w")
     try:
         (args,) = parser.parse_args_into_dataclasses()
-        config, tokenizer, sampler, eval_dataset, checkpoint = check_arguments(args)
-    except ValueError as mistakes:
-        sys.exit(f"error: {mistakes}\n--help lists every flag with its default" if is_first else 1)
-    training_args = make_training_arguments(args, sampler)
+        config, tokenizer, rows, eval_dataset, checkpoint = check_arguments(args)
+    except (ValueError, argparse.ArgumentError) as mistakes:
+        if not is_first:
+            sys.exit(1)
+        sys.exit(f"error: {mistakes}\n--help lists every flag with its default")
+    training_args = make_training_arguments(args, config, rows)
     set_seed(args.seed)
+    output_dir = Path(args.output_dir)
     if is_first:
-        data_collator.set_former_run_aside(Path(args.output_dir), checkpoint)
+        set_former_run_aside(output_dir, checkpoint)
+        shutil.rmtree(output_dir / ".writing", ignore_errors=True)  # what an interrupted run left
+    model = load_model(args, checkpoint)
     trainer = FSDPTrainer(
-        load_model(args, checkpoint),
-        training_args,
+        script_args=args,
+        loss_head=data_collator.add_loss_head(model),
+        model=model,
+        args=training_args,
         data_collator=DataCollator(args.padding_free),
-        train_dataset=sampler.dataset,
+        train_dataset=rows,
+        eval_dataset=eval_dataset,
         processing_class=tokenizer,
     )
-    facts = trainer.train_rows(sampler, eval_dataset, checkpoint)
-    data_collator.write_receipt(args.output_dir, asdict(args), sampler, [str(training_args.device)], facts)
+    torch.manual_seed(args.seed + training_args.process_index)  # every process draws its own dropout
+    tokens_before = 0
+    if checkpoint:
+        tokens_before = json.loads((checkpoint / "trainer_state.json").read_text())["num_input_tokens_seen"]
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    step = trainer.state.global_step
+    if step < rows.num_steps:
+        stop(f"SIGTERM: step {step} is saved; --resume_from_checkpoint True goes on from there")
+    trainer.save_model(args.output_dir)
+    if is_first:
+        trainer.state.save_to_json(output_dir / "trainer_state.json")
+        shutil.rmtree(output_dir / ".writing")
+    seconds = time.perf_counter() - started
+    num_tokens = trainer.state.num_input_tokens_seen - tokens_before
+    write_receipt(args, rows, training_args.device, num_tokens, seconds)
+
+
+def leave() -> None:
+    """Ends a process of a distributed run with success, when all of them have written what they had to.
+
+    Python does not end in its own way: gloo's threads, which outlive their process group, may still be freeing tensors
+    of the last collective, and without an interpreter that aborts a process whose work is done.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
     main()
-    data_collator.leave()
+    leave()

@@ -17,6 +17,8 @@ Three words that all functions use:
 - *Messages* are a conversation as transformers' chat templates take it: [{"role": "user", "content": "..."}, ...].
 """
 
+import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -336,3 +338,13 @@ def apply_template(tokenizer, prompt: str, answer: str, chat: bool) -> tuple[str
     else:
         pieces = render_plain(tokenizer, messages)
     return pieces[0][0], pieces[1][0]
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# The tokenizer itself
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def vocabulary_hash(tokenizer) -> str:
+    """SHA-256 of the token-to-id table: two tokenizers with the same hash give ids the same meaning."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()

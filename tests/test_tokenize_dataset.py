@@ -26,6 +26,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data_collator
 from data_collator import IGNORE_INDEX, TokenizedDataset
+from data_sample import ledger as ledgers
+from data_sample import rendering, writing
 
 SCRIPT = "data_sample/tokenize_dataset.py"
 specification = importlib.util.spec_from_file_location("tokenize_dataset", ROOT / SCRIPT)
@@ -222,10 +224,10 @@ def test_no_token_spans_the_border_between_prompt_and_answer(tmp_path):
 @every_tokenizer
 def test_vocabulary_hash_is_that_of_the_shared_module(tokenizers, name):
     tokenizer = make_tokenizer()
-    assert tokenize_dataset.vocabulary_hash(tokenizers[name]) == data_collator.vocabulary_hash(tokenizers[name])
+    assert rendering.vocabulary_hash(tokenizers[name]) == data_collator.vocabulary_hash(tokenizers[name])
     assert data_collator.vocabulary_hash(tokenizers[name]) == data_collator.vocabulary_hash(tokenizer)
     tokenizer.add_tokens(["<another>"])
-    assert tokenize_dataset.vocabulary_hash(tokenizer) == data_collator.vocabulary_hash(tokenizer)
+    assert rendering.vocabulary_hash(tokenizer) == data_collator.vocabulary_hash(tokenizer)
     assert data_collator.vocabulary_hash(tokenizers[name]) != data_collator.vocabulary_hash(tokenizer)
 
 
@@ -316,7 +318,7 @@ def test_max_length_is_the_longest_row_that_is_kept(tmp_path, tokenizers):
 @given(st.integers(1, 64).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(1, n), max_size=60))))
 def test_packing_puts_every_document_once_into_rows_that_fit(case):
     max_length, lengths = case
-    bins = tokenize_dataset.pack(lengths, max_length)
+    bins = writing.pack(lengths, max_length)
     assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
     fills = sorted(sum(lengths[index] for index in members) for members in bins)
     assert all(0 < fill <= max_length for fill in fills)
@@ -324,8 +326,8 @@ def test_packing_puts_every_document_once_into_rows_that_fit(case):
 
 
 def test_packing_takes_long_documents_first_and_then_the_tightest_room():
-    assert tokenize_dataset.pack([3, 3, 3, 7, 7, 7], 10) == [[3, 0], [4, 1], [5, 2]]
-    assert tokenize_dataset.pack([5, 6, 4, 8, 2, 5], 10) == [[3, 4], [1, 2], [0, 5]]
+    assert writing.pack([3, 3, 3, 7, 7, 7], 10) == [[3, 0], [4, 1], [5, 2]]
+    assert writing.pack([5, 6, 4, 8, 2, 5], 10) == [[3, 4], [1, 2], [0, 5]]
 
 
 @settings(deadline=None, max_examples=60)
@@ -335,7 +337,7 @@ def test_packed_documents_are_whole_and_their_positions_restart(documents, max_l
     lists = pa.list_(pa.int32())
     table = pa.table({"input_ids": pa.array(documents, lists), "labels": pa.array(labels, lists)})
     found = Counter()
-    for row in tokenize_dataset.join_documents(table, max_length).to_pylist():
+    for row in writing.join_documents(table, max_length).to_pylist():
         assert set(map(len, row.values())) == {len(row["input_ids"])}
         assert len(row["input_ids"]) <= max_length
         starts = [at for at, position in enumerate(row["position_ids"]) if position == 0]
@@ -350,7 +352,7 @@ def test_packed_documents_are_whole_and_their_positions_restart(documents, max_l
 def test_packing_fills_97_percent_with_lengths_like_alpacas(seed):
     lengths = np.random.default_rng(seed).lognormal(np.log(110), 0.8, size=5000).clip(16, 2048).astype(int).tolist()
     started = time.perf_counter()
-    bins = tokenize_dataset.pack(lengths, 2048)
+    bins = writing.pack(lengths, 2048)
     assert sum(lengths) / (len(bins) * 2048) >= 0.97
     assert time.perf_counter() - started < 2
 
@@ -674,6 +676,37 @@ def test_a_kill_at_any_step_of_writing_leaves_the_old_set_or_the_new_one(
     assert found["letter" if with_former_set else None] >= 5
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_no_worker_outlives_a_program_that_was_killed(tmp_path, folders):
+    write_jsonl(tmp_path / "rows.jsonl", [TASK | {"output": "an answer of some length " * 800}] * 2000)
+    command = ["--input", tmp_path / "rows.jsonl", "--format", "alpaca", "--tokenizer_path", folders["plain"]]
+    command += ["--max_length", 10**6, "--num_proc", 3, "--output", tmp_path / "set"]
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    workers = []
+    while process.poll() is None and len(workers) < 3:
+        workers = children_of(process.pid)
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.kill()
+    assert process.wait() == -9 and len(workers) == 3
+    ends = time.monotonic() + 30
+    while any(map(is_running, workers)) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not any(map(is_running, workers))
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_disk_that_is_full_ends_in_a_message_and_leaves_nothing(tmp_path, monkeypatch, folders, packing):
     raw = write_jsonl(tmp_path / "rows.jsonl", [TASK] * 500)
@@ -976,7 +1009,7 @@ def test_the_ledger_shows_a_tokenizer_that_knows_no_chinese(tmp_path, tokenizers
         {"instruction": "Weather", "output": "fine"}
     ]
     _, ledger = tokenize(tmp_path / "rows.jsonl", rows, tokenizers["plain"], format="alpaca")
-    tokenize_dataset.print_ledger(ledger, tmp_path)
+    ledgers.print_ledger(ledger, tmp_path)
     languages, printed = ledger["languages"], capsys.readouterr().out
     assert list(languages) == ["Chinese", "Latin"] and languages["Latin"]["fragments"] == 0
     assert languages["Chinese"]["fragments"] == 3 * 3 * len("天气" + "今天天气很好，适合散步。")  # three bytes each
@@ -986,7 +1019,7 @@ def test_the_ledger_shows_a_tokenizer_that_knows_no_chinese(tmp_path, tokenizers
 
 
 def test_lengths_fall_into_bins_without_gaps():
-    names = list(dict.fromkeys(map(tokenize_dataset.length_bin, range(1, 200))))
+    names = list(dict.fromkeys(map(ledgers.length_bin, range(1, 200))))
     assert names == "1 2 3 4 5-6 7-8 9-12 13-16 17-24 25-32 33-48 49-64 65-96 97-128 129-192 193-256".split()
 
 
@@ -1017,9 +1050,9 @@ def test_a_sentencepiece_tokenizer_gives_back_every_text(tmp_path, sentencepiece
     answers = ["Hello", " two spaces  inside", "\nline", "你好 👋", "tab\t.", "  x"]
     raw_rows = [TASK | {"output": answer} for answer in answers]
     rows, ledger = tokenize(tmp_path / "rows.jsonl", raw_rows, tokenizer, format="alpaca")
-    template = tokenize_dataset.make_template(tokenize_dataset.Arguments(format="alpaca"), chat=False)
+    template = rendering.make_template("alpaca", chat=False)
     for answer, raw, row in zip(answers, raw_rows, rows, strict=True):
-        prompt = tokenize_dataset.render_prompt(raw, template)
+        prompt = rendering.render_prompt(raw, template)
         assert row["input_ids"].count(tokenizer.bos_token_id) == 1
         # SentencePiece puts a space before every text, and its decoder takes it away only without <s>.
         assert text_of(tokenizer, row["input_ids"]) == f"<s> {prompt}{answer}</s>"

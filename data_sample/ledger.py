@@ -1,0 +1,242 @@
+"""The ledger of a tokenized set: what came in, what was kept, and for which reason the rest was lost.
+
+Each worker counts its own chunk in a Ledger, and the main process adds them up. `summarize` makes of it what stands in
+ledger.json; it raises AssertionError if rows or tokens do not add up.
+"""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+# Where a row or a token can go besides "kept", and what the printed table calls it.
+LOST = {
+    "broken": "dropped: broken row",
+    "no_target": "dropped: nothing to learn (empty answer or text)",
+    "special_token": "dropped: text spells a special token",
+    "too_long": "dropped: longer than --max_length",
+    "truncated": "cut off: beyond --max_length",
+    "other_split": "in the other split (--val_size)",
+}
+
+
+@dataclass
+class Language:
+    """Figures of the rows in one language; the words of a template count as well."""
+
+    rows: int = 0
+    characters: int = 0
+    tokens: int = 0
+    unknown: int = 0  # tokens that stand for what the vocabulary lacks
+    fragments: int = 0  # tokens that are a part of a character
+
+    def add(self, other: "Language") -> None:
+        for figure in fields(self):
+            setattr(self, figure.name, getattr(self, figure.name) + getattr(other, figure.name))
+
+
+@dataclass
+class Split:
+    """What became of the rows that fell to one split."""
+
+    rows: Counter = field(default_factory=Counter)  # by fate: kept, or a reason of LOST
+    tokens: Counter = field(default_factory=Counter)
+    documents: int = 0  # rows that were made, before packing
+    targets: int = 0  # tokens that are learned
+    truncated_rows: int = 0
+    split_rows: int = 0
+    without_eos_target: int = 0  # documents in which no EOS is learned
+    bos_at_start: Counter = field(default_factory=Counter)  # documents by the number of BOS that they begin with
+
+    def add(self, other: "Split") -> None:
+        self.rows.update(other.rows)
+        self.tokens.update(other.tokens)
+        self.documents += other.documents
+        self.targets += other.targets
+        self.truncated_rows += other.truncated_rows
+        self.split_rows += other.split_rows
+        self.without_eos_target += other.without_eos_target
+        self.bos_at_start.update(other.bos_at_start)
+
+
+@dataclass
+class Ledger:
+    """All figures of a set, or of a chunk of it."""
+
+    rows_in: int = 0
+    rows_broken: int = 0
+    tokens_in: int = 0
+    splits: dict[str, Split] = field(default_factory=lambda: {"train": Split(), "val": Split()})
+    lengths: Counter = field(default_factory=Counter)  # rows that came in, by their number of tokens
+    languages: dict[str, Language] = field(default_factory=dict)
+
+    def add(self, other: "Ledger") -> None:
+        self.rows_in += other.rows_in
+        self.rows_broken += other.rows_broken
+        self.tokens_in += other.tokens_in
+        for name, split in other.splits.items():
+            self.splits[name].add(split)
+        self.lengths.update(other.lengths)
+        for name, language in other.languages.items():
+            self.languages.setdefault(name, Language()).add(language)
+
+    def balance_rows(self, split: str) -> dict[str, int]:
+        """Rows that came in, were kept in `split`, and were lost to it for each reason."""
+        balance = {"in": self.rows_in, "kept": self.splits[split].rows["kept"]}
+        for reason in LOST:
+            if reason != "truncated":  # a row that lost tokens is kept, and counted in truncated_rows
+                balance[reason] = sum(part.rows[reason] for part in self.splits.values())
+        balance["broken"] = self.rows_broken
+        balance["other_split"] = self.kept_elsewhere(split).rows["kept"]
+        check_balance(balance)
+        return balance
+
+    def balance_tokens(self, split: str) -> dict[str, int]:
+        """The same for tokens. A broken row has none."""
+        balance = {"in": self.tokens_in, "kept": self.splits[split].tokens["kept"]}
+        for reason in LOST:
+            balance[reason] = sum(part.tokens[reason] for part in self.splits.values())
+        balance["other_split"] = self.kept_elsewhere(split).tokens["kept"]
+        check_balance(balance)
+        return balance
+
+    def kept_elsewhere(self, split: str) -> Split:
+        (other,) = [part for name, part in self.splits.items() if name != split]
+        return other
+
+
+def check_balance(balance: dict[str, int]) -> None:
+    found = sum(balance.values()) - balance["in"]
+    assert balance["in"] == found, f"the ledger does not balance: {balance}"
+
+
+def summarize(ledger: Ledger, split: str, num_rows: int, longest_row: int, row_length: int | None) -> dict:
+    """What ledger.json says about one split.
+
+    Args:
+        num_rows: rows that were written.
+        longest_row: tokens of the longest one.
+        row_length: the length that all written rows should have, if they are packed.
+    """
+    part = ledger.splits[split]
+    num_positions = num_rows * (row_length or longest_row)
+    return {
+        "rows": ledger.balance_rows(split),
+        "tokens": ledger.balance_tokens(split),
+        "targets": part.targets,
+        "rows_written": num_rows,
+        "longest_row_written": longest_row,
+        # Of the positions that rows of one length would have: --max_length if packed, else the longest row's.
+        "filled": part.tokens["kept"] / max(1, num_positions),
+        "truncated_rows": part.truncated_rows,
+        "split_rows": part.split_rows,
+        "documents": part.documents,  # as many as rows_written, unless rows are packed
+        "share_without_eos_target": part.without_eos_target / max(1, part.documents),
+        "bos_at_start": {str(number): part.bos_at_start[number] for number in (0, 1, 2)},
+        "length_histogram": length_histogram(ledger.lengths),  # of all rows that came in, cut or not
+        "languages": {name: vars(language) for name, language in sorted(ledger.languages.items())},
+    }
+
+
+def length_histogram(lengths: Counter) -> dict[str, int]:
+    histogram = {}
+    for length in sorted(lengths):
+        name = length_bin(length)
+        histogram[name] = histogram.get(name, 0) + lengths[length]
+    return histogram
+
+
+def length_bin(length: int) -> str:
+    """Names the range of a length, such as 65-96 or 97-128: two to each doubling."""
+    low = 0
+    high = 1
+    while length > high:
+        low = high
+        is_power_of_two = high & (high - 1) == 0
+        if is_power_of_two:
+            high = max(high + 1, high * 3 // 2)
+        else:
+            high = high * 4 // 3
+    if high == low + 1:
+        return str(high)
+    return f"{low + 1}-{high}"
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# What is printed
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def print_ledger(ledger: dict, output: Path) -> None:
+    """The tables at the end of a run. What is zero and would say nothing is left out.
+
+    Args:
+        ledger: what stands in ledger.json.
+    """
+    not_read = ledger["files_not_read"]
+    if not_read:
+        print(f"not read: {len(not_read)} files, such as {not_read[0]}")
+    print_balance(ledger)
+    print_lengths(ledger["length_histogram"])
+    print_languages(ledger["languages"])
+    if ledger["documents"]:
+        print_ends(ledger)
+    print(f"{ledger['targets']:,} target tokens in {ledger['rows_written']:,} written rows: {output}")
+
+
+def print_balance(ledger: dict) -> None:
+    print(f"\n{'':54}{'rows':>12}{'tokens':>16}")
+    for reason, label in {"in": "came in", "kept": "kept", **LOST}.items():
+        num_rows = ledger["rows"].get(reason, 0)
+        num_tokens = ledger["tokens"][reason]
+        if num_rows or num_tokens or reason in ("in", "kept"):
+            print(f"{label:54}{num_rows:>12,}{num_tokens:>16,}")
+    num_truncated = ledger["truncated_rows"]
+    num_split = ledger["split_rows"]
+    if num_truncated or num_split:
+        print(f"kept rows that were cut: {num_truncated:,} at the end, {num_split:,} into several")
+
+
+def print_lengths(histogram: dict[str, int]) -> None:
+    print("\ntokens in a row that came in")
+    highest = max(histogram.values(), default=1)
+    for name, count in histogram.items():
+        print(f"{name:>15} {count:>10,} {'#' * round(50 * count / highest)}")
+
+
+def print_languages(languages: dict[str, dict]) -> None:
+    print(f"\n{'language':12}{'rows':>10}{'tokens for 100 characters':>28}{'unknown':>10}{'parts of characters':>22}")
+    for name, figures in languages.items():
+        tokens_per_100 = 100 * figures["tokens"] / max(1, figures["characters"])
+        unknown = 100 * figures["unknown"] / max(1, figures["tokens"])
+        fragments = 100 * figures["fragments"] / max(1, figures["tokens"])
+        print(f"{name:12}{figures['rows']:>10,}{tokens_per_100:>28.1f}{unknown:>8.2f} %{fragments:>20.2f} %")
+        if unknown + fragments > 10:
+            print(f"  This tokenizer was hardly made for {name}: look for a model that was.")
+
+
+def print_ends(ledger: dict) -> None:
+    bos = ledger["bos_at_start"]
+    print(f"\nBOS at the start: none in {bos['0']:,} rows, one in {bos['1']:,}, two (wrong) in {bos['2']:,}; "
+          f"rows without EOS as a target: {ledger['share_without_eos_target']:.1%}")  # fmt: skip
+    width = "if padded to the longest of all"
+    if ledger["packing"]:
+        width = f"of --max_length {ledger['max_length']}"
+    print(f"longest written row: {ledger['longest_row_written']:,} tokens; filled {width}: {ledger['filled']:.1%}")
+
+
+def plot_lengths(ledger: dict, path: Path) -> None:
+    """The printed histogram as a PNG file."""
+    import matplotlib
+
+    matplotlib.use("agg")  # no window
+    from matplotlib import pyplot
+
+    histogram = ledger["length_histogram"]
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    axes.bar(list(histogram), list(histogram.values()))
+    axes.set(xlabel="tokens in a row that came in", ylabel="rows", title=Path(ledger["input"]).name)
+    axes.tick_params(axis="x", rotation=60)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix(".tmp"), format="png")
+    os.replace(path.with_suffix(".tmp"), path)

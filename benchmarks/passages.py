@@ -21,7 +21,7 @@ from datasets.utils.logging import disable_progress_bar
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data_collator import DataCollator, RowSampler, TokenizedDataset
+from data_collator import DataCollator, TokenizedDataset, TrainingRows
 
 SAMPLE_MODEL = "models/SmolLM2-135M-Instruct"
 
@@ -36,44 +36,50 @@ def save_documents(folder: Path, lengths: np.ndarray) -> Path:
     return folder
 
 
+def open_rows(folder: Path, rows_per_step: int, num_steps: int) -> TrainingRows:
+    dataset = TokenizedDataset(folder, passage_length=512)
+    return TrainingRows(dataset, rows_per_step, num_train_epochs=1, max_steps=num_steps, seed=42)
+
+
 def measure_drawing(folder: Path, num_steps: int = 200) -> None:
     papers = save_documents(folder / "papers", np.random.default_rng(1).integers(2000, 12000, 5000))
-    sampler = RowSampler(TokenizedDataset(papers, passage_length=512), rows_per_step=8, seed=42)
-    for padding_free in (True, False):
+    rows = open_rows(papers, 8, num_steps)
+    for name, padding_free in (("padding-free", True), ("padded", False)):
         collate = DataCollator(padding_free)
+        num_tokens = 0
         started = time.perf_counter()
-        tokens = sum(collate(sampler.rows_of(step))["input_ids"].numel() for step in range(num_steps))
-        rate = tokens / (time.perf_counter() - started)
-        print(
-            f"drawing and collating, {'padding-free' if padding_free else 'padded'}: {rate / 1e6:.1f} million tokens/s"
-        )
+        for step in range(num_steps):
+            num_tokens += collate(rows.step(step))["input_ids"].numel()
+        rate = num_tokens / (time.perf_counter() - started)
+        print(f"drawing and collating, {name}: {rate / 1e6:.1f} million tokens/s")
 
 
 def measure_start(folder: Path, num_rows: int = 5_000_000) -> None:
-    rows = save_documents(folder / "rows", np.full(num_rows, 40))
+    documents = save_documents(folder / "rows", np.full(num_rows, 40))
     started = time.perf_counter()
-    sampler = RowSampler(TokenizedDataset(rows, passage_length=512), rows_per_step=384, seed=42)
+    rows = open_rows(documents, 384, 1)
     opened = time.perf_counter()
-    DataCollator(True)(sampler.rows_of(0))
-    print(
-        f"{num_rows:,} rows: opened in {opened - started:.2f} s, first step's rows {time.perf_counter() - opened:.2f} s"
-    )
+    DataCollator(padding_free=True)(rows.step(0))
+    drawn = time.perf_counter()
+    print(f"{num_rows:,} rows: opened in {opened - started:.2f} s, first step's rows {drawn - opened:.2f} s")
 
 
 def measure_share(folder: Path, num_steps: int = 5) -> None:
     model = AutoModelForCausalLM.from_pretrained(SAMPLE_MODEL, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    sampler = RowSampler(TokenizedDataset(folder / "papers", passage_length=512), rows_per_step=4, seed=42)
+    rows = open_rows(folder / "papers", 4, num_steps)
+    collate = DataCollator(padding_free=True)
     reading = 0.0
     started = time.perf_counter()
     for step in range(num_steps):
         step_started = time.perf_counter()
-        batch = DataCollator(True)(sampler.rows_of(step))
+        batch = collate(rows.step(step))
         reading += time.perf_counter() - step_started
         model(**batch, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(f"reading: {reading / (time.perf_counter() - started):.3%} of {num_steps} training steps of the sample model")
+    share = reading / (time.perf_counter() - started)
+    print(f"reading: {share:.3%} of {num_steps} training steps of the sample model")
 
 
 def main() -> None:

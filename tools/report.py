@@ -38,6 +38,15 @@ MAX_POINTS = 2000  # drawn of each curve; beyond that a bucket's least and great
 CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
 # transformers' TensorBoard callback writes evaluation under another name than log_history.
 NAMES_IN_EVENTS = {"eval/loss": "eval_loss"}
+PANELS = {
+    "loss": "Loss (faint: each step; strong: smoothed)",
+    "eval_loss": "Evaluation loss",
+    "grad_norm": "Gradient norm",
+    "learning_rate": "Learning rate",
+    "speed": "Tokens per second",
+    "memory": "Peak memory of process 0, GiB (dotted: of all)",
+}
+MISSING = "–"
 
 
 @dataclass
@@ -69,53 +78,94 @@ def read_json(path: Path) -> dict | None:
         return None
 
 
-def read_events(folder: Path) -> dict[int, dict]:
-    """Log rows by step from TensorBoard's files, with the time of each as `time` (seconds since 1970).
-
-    A resumed run starts a new file: what the former file has from that step on was trained again.
-    """
+def read_event_file(path: Path) -> dict[int, dict]:
+    """Log rows by step from one of TensorBoard's files, with the time of each as `time` (seconds since 1970)."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util.tensor_util import make_ndarray
 
-    rows: dict[int, dict] = {}
-    for path in sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.name):
-        new: dict[int, dict] = {}
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value if event.HasField("summary") else ():
-                name = NAMES_IN_EVENTS.get(value.tag, value.tag.removeprefix("train/"))
-                if "/" not in name and value.HasField("tensor") and make_ndarray(value.tensor).shape == ():
-                    row = new.setdefault(event.step, {"step": event.step, "time": event.wall_time})
-                    row[name] = float(make_ndarray(value.tensor))
-        first = min(new, default=math.inf)
-        rows = {step: row for step, row in rows.items() if step < first} | new
+    rows = {}
+    for event in EventFileLoader(str(path)).Load():
+        if not event.HasField("summary"):
+            continue
+        for value in event.summary.value:
+            name = NAMES_IN_EVENTS.get(value.tag, value.tag.removeprefix("train/"))
+            if "/" in name or not value.HasField("tensor"):
+                continue
+            number = make_ndarray(value.tensor)
+            if number.shape == ():
+                row = rows.setdefault(event.step, {"step": event.step, "time": event.wall_time})
+                row[name] = float(number)
     return rows
+
+
+def read_events(folder: Path) -> dict[int, dict]:
+    """Log rows by step from all of TensorBoard's files in a folder.
+
+    A resumed run starts a new file: what the former file has from that step on was trained again.
+    """
+    rows = {}
+    for path in sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.name):
+        new_rows = read_event_file(path)
+        first = min(new_rows, default=math.inf)
+        for step in list(rows):
+            if step >= first:
+                del rows[step]
+        rows.update(new_rows)
+    return rows
+
+
+def find_newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint-<step> of the largest step; one with this name is complete, but for that of a former version."""
+    checkpoints = {}
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdecimal() and read_settings(path) is not None:
+            checkpoints[int(step)] = path
+    if not checkpoints:
+        return None
+    return checkpoints[max(checkpoints)]
+
+
+def read_settings(checkpoint: Path) -> dict | None:
+    """The run's settings in a checkpoint; None if it holds none, and so is not complete."""
+    settings = read_json(checkpoint / "settings.json")
+    if settings is not None:
+        return settings.get("settings")
+    former = read_json(checkpoint / "complete.json")
+    if former is not None:
+        return former.get("identity", {})
+    return None
 
 
 def read_run(folder: Path) -> Run:
     """Everything the folder tells about its run so far."""
     receipt = read_json(folder / "run.json")
-    checkpoints = [
-        path.parent for path in folder.glob("checkpoint-*/complete.json") if path.parent.name[11:].isdecimal()
-    ]
-    newest = max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
-    state = read_json(folder / "trainer_state.json") or (newest and read_json(newest / "trainer_state.json")) or {}
+    checkpoint = find_newest_checkpoint(folder)
+    state = read_json(folder / "trainer_state.json")
+    if state is None and checkpoint is not None:
+        state = read_json(checkpoint / "trainer_state.json")
     rows = read_events(folder / "runs")
-    for row in state.get("log_history", ()):  # in full precision, where TensorBoard has single
-        if "step" in row:
-            rows[row["step"]] = rows.get(row["step"], {}) | row
-    facts = flatten(receipt or {})
-    if receipt is None and newest:
-        identity = (read_json(newest / "complete.json") or {}).get("identity", {})
-        facts = {f"arguments.{name}": value for name, value in flatten(identity).items()}
+    if state is not None:
+        for row in state.get("log_history", []):  # in full precision, where TensorBoard has single
+            if "step" in row:
+                rows[row["step"]] = rows.get(row["step"], {}) | row
+    facts = {}
+    if receipt is not None:
+        facts = flatten(receipt)
+    elif checkpoint is not None:
+        facts = flatten({"arguments": read_settings(checkpoint)})
     return Run(str(folder), [rows[step] for step in sorted(rows)], receipt, facts)
 
 
-def flatten(tree, prefix: str = "") -> dict:
+def flatten(tree: dict, prefix: str = "") -> dict:
     """Nested dictionaries as one, with dotted names."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    parts = [flatten(value, f"{prefix}.{name}" if prefix else name) for name, value in tree.items()]
-    return {name: value for part in parts for name, value in part.items()}
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -125,8 +175,12 @@ def flatten(tree, prefix: str = "") -> dict:
 
 def curve(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of the rows that have `name` as a number."""
-    points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
-    steps, values = zip(*points, strict=True) if points else ((), ())
+    steps = []
+    values = []
+    for row in rows:
+        if isinstance(row.get(name), int | float):
+            steps.append(row["step"])
+            values.append(row[name])
     return np.array(steps, dtype=float), np.array(values, dtype=float)
 
 
@@ -135,36 +189,56 @@ def speed(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 
     A pause (the run was interrupted, or it evaluated and saved) lies within such an interval and shows as a dip.
     """
-    timed = [row for row in rows if "time" in row and "num_input_tokens_seen" in row]
-    steps, speeds = [], []
-    for before, row in zip(timed, timed[1:], strict=False):
-        seconds, tokens = row["time"] - before["time"], row["num_input_tokens_seen"] - before["num_input_tokens_seen"]
-        if seconds > 0 and tokens > 0:
-            steps.append(row["step"])
-            speeds.append(tokens / seconds)
+    steps = []
+    speeds = []
+    before = None
+    for row in rows:
+        if "time" not in row or "num_input_tokens_seen" not in row:
+            continue
+        if before is not None:
+            seconds = row["time"] - before["time"]
+            tokens = row["num_input_tokens_seen"] - before["num_input_tokens_seen"]
+            if seconds > 0 and tokens > 0:
+                steps.append(row["step"])
+                speeds.append(tokens / seconds)
+        before = row
     return np.array(steps, dtype=float), np.array(speeds, dtype=float)
+
+
+def peaks_of(run: Run) -> list[int]:
+    """Peak memory of every process in bytes, from the receipt; empty while the run goes on."""
+    if run.receipt is None:
+        return []
+    return run.receipt.get("peak_memory_bytes", [])
 
 
 def memory(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """Steps and the first process's peak since its start, in GiB; of a run without runs/, the last step's alone."""
     steps, values = curve(run.rows, "peak_memory_bytes")
-    peaks = (run.receipt or {}).get("peak_memory_bytes")
+    peaks = peaks_of(run)
     if len(steps) == 0 and run.rows and peaks:
-        steps, values = np.array([run.rows[-1]["step"]]), np.array(peaks[:1])
+        steps = np.array([run.rows[-1]["step"]])
+        values = np.array(peaks[:1])
     return steps, values / 2**30
 
 
 def points_of(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one panel's curve."""
+    """Steps and values of one panel's curve, without what is not finite."""
     if name == "memory":
-        return memory(run)
-    return speed(run.rows) if name == "speed" else curve(run.rows, name)
+        steps, values = memory(run)
+    elif name == "speed":
+        steps, values = speed(run.rows)
+    else:
+        steps, values = curve(run.rows, name)
+    finite = np.isfinite(values)
+    return steps[finite], values[finite]
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
     """Exponential moving average over a fiftieth of the curve, without bias at its start (as Adam corrects its own)."""
     decay = 1 - 1 / max(1, len(values) / 50)
-    smoothed, average = np.empty_like(values), 0.0
+    smoothed = np.empty_like(values)
+    average = 0.0
     for i, value in enumerate(values):
         average = decay * average + (1 - decay) * value
         smoothed[i] = average / (1 - decay ** (i + 1))
@@ -177,7 +251,8 @@ def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
         return steps, values
     kept = {0, len(values) - 1}
     for bucket in np.array_split(np.arange(len(values)), MAX_POINTS // 2 - 1):
-        kept |= {int(bucket[np.argmin(values[bucket])]), int(bucket[np.argmax(values[bucket])])}
+        kept.add(int(bucket[np.argmin(values[bucket])]))
+        kept.add(int(bucket[np.argmax(values[bucket])]))
     kept = sorted(kept)
     return steps[kept], values[kept]
 
@@ -188,54 +263,62 @@ def draw(runs: list[Run]) -> plt.Figure:
     plt.rcParams["font.family"] = ["DejaVu Sans", *(font for font in CHINESE_FONTS if font in available)]
     plt.rcParams["svg.fonttype"] = "none"  # text stays text, so that the page's own fonts show any language
     figure, axes = plt.subplots(2, 3, figsize=(15, 8.2), layout="constrained")
-    panels = {
-        "loss": "Loss (faint: each step; strong: smoothed)",
-        "eval_loss": "Evaluation loss",
-        "grad_norm": "Gradient norm",
-        "learning_rate": "Learning rate",
-        "speed": "Tokens per second",
-        "memory": "Peak memory of process 0, GiB (dotted: of all)",
-    }
-    for (name, title), axis in zip(panels.items(), axes.flat, strict=False):
+    for (name, title), axis in zip(PANELS.items(), axes.flat, strict=True):
         axis.set_title(title, fontsize=12)
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.3)
-        num_curves = 0
         for number, run in enumerate(runs):
-            steps, values = points_of(run, name)
-            finite = np.isfinite(values)
-            steps, values = steps[finite], values[finite]
-            if len(values) == 0:
-                continue
-            num_curves += 1
-            peaks = (run.receipt or {}).get("peak_memory_bytes", []) if name == "memory" else []
-            if peaks:
-                ends, marker = steps[[0, -1]], "_" if len(steps) == 1 else None
-                axis.plot(ends, [max(peaks) / 2**30] * 2, ":", color=color(number), linewidth=1.5, marker=marker)
-            # A curve of a few points is shown by its points: a line through one of them would be invisible.
-            style = {"color": color(number), "marker": "o" if len(values) <= 50 else None, "markersize": 4}
-            smoothed = name in ("loss", "grad_norm", "speed") and len(values) > 50
-            axis.plot(*thin(steps, values), alpha=0.25 if smoothed else 1, linewidth=0.6 if smoothed else 1.6, **style)
-            if smoothed:
-                axis.plot(*thin(steps, smooth(values)), linewidth=2, color=color(number), zorder=3)
-        if num_curves == 0:
+            draw_curve(axis, run, name, color(number))
+        if axis.lines:
+            set_scales(axis, name)
+        else:
             leave_empty(axis, "not logged")
-            continue
-        if name == "memory":
-            axis.set_ylim(bottom=0)
-        if name == "learning_rate":
-            axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
-        heights = np.concatenate([line.get_ydata() for line in axis.lines])
-        if name == "grad_norm" and heights.min() > 0 and heights.max() > 100 * heights.min():
-            axis.set_yscale("log")
-        steps = np.concatenate([line.get_xdata() for line in axis.lines])
-        if steps.min() == steps.max():
-            axis.set_xlim(steps[0] - 1, steps[0] + 1)
-        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
-    lines = [plt.Line2D([], [], color=color(number), linewidth=3) for number in range(len(runs))]
-    labels = [run.name if len(run.name) <= 60 else f"…{run.name[-59:]}" for run in runs]
+    lines = []
+    labels = []
+    for number, run in enumerate(runs):
+        lines.append(plt.Line2D([], [], color=color(number), linewidth=3))
+        if len(run.name) <= 60:
+            labels.append(run.name)
+        else:
+            labels.append(f"…{run.name[-59:]}")
     figure.legend(lines, labels, loc="outside upper left", ncols=2, frameon=False)
     return figure
+
+
+def draw_curve(axis, run: Run, name: str, its_color) -> None:
+    """Draws one run into one panel; nothing if it has no such value."""
+    steps, values = points_of(run, name)
+    if len(values) == 0:
+        return
+    if name == "memory" and peaks_of(run):
+        marker = None
+        if len(steps) == 1:
+            marker = "_"
+        highest = max(peaks_of(run)) / 2**30
+        axis.plot(steps[[0, -1]], [highest, highest], ":", color=its_color, linewidth=1.5, marker=marker)
+    # A curve of a few points is shown by its points: a line through one of them would be invisible.
+    if len(values) <= 50:
+        axis.plot(steps, values, linewidth=1.6, color=its_color, marker="o", markersize=4)
+    elif name in ("loss", "grad_norm", "speed"):
+        axis.plot(*thin(steps, values), alpha=0.25, linewidth=0.6, color=its_color)
+        axis.plot(*thin(steps, smooth(values)), linewidth=2, color=its_color, zorder=3)
+    else:
+        axis.plot(*thin(steps, values), linewidth=1.6, color=its_color)
+
+
+def set_scales(axis, name: str) -> None:
+    """Axes that fit what was drawn."""
+    heights = np.concatenate([line.get_ydata() for line in axis.lines])
+    steps = np.concatenate([line.get_xdata() for line in axis.lines])
+    if name == "memory":
+        axis.set_ylim(bottom=0)
+    if name == "learning_rate":
+        axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+    if name == "grad_norm" and heights.min() > 0 and heights.max() > 100 * heights.min():
+        axis.set_yscale("log")
+    if steps.min() == steps.max():
+        axis.set_xlim(steps[0] - 1, steps[0] + 1)
+    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
 
 
 def leave_empty(axis, reason: str) -> None:
@@ -256,42 +339,75 @@ def color(number: int):
 
 def differences(runs: list[Run]) -> tuple[list[str], list[str]]:
     """Names of the receipts' entries that differ between the runs, and of those that are alike."""
-    names = list(dict.fromkeys(name for run in runs for name in run.facts))
-    differing = [name for name in names if len({json.dumps(run.facts.get(name), sort_keys=True) for run in runs}) > 1]
-    return differing, [name for name in names if name not in differing]
+    differing = []
+    alike = []
+    for run in runs:
+        for name in run.facts:
+            if name in differing or name in alike:
+                continue
+            values = {json.dumps(other.facts.get(name), sort_keys=True) for other in runs}
+            if len(values) > 1:
+                differing.append(name)
+            else:
+                alike.append(name)
+    return differing, alike
 
 
 def show(value) -> str:
+    if value is None:
+        return MISSING
     if isinstance(value, float):
         return f"{value:.6g}"
-    return "–" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def summarize(run: Run) -> dict[str, str]:
     """The columns of the page's first table."""
-    receipt = run.receipt or {}
-    losses, eval_losses = curve(run.rows, "loss")[1], curve(run.rows, "eval_loss")[1]
-    tokens = curve(run.rows, "num_input_tokens_seen")[1]
-    devices, peaks = receipt.get("devices"), receipt.get("peak_memory_bytes")
-    return {
-        "run": run.name,
-        "state": "ended" if run.receipt else "no run.json yet",
-        "steps": show(run.rows[-1]["step"] if run.rows else None),
-        "first loss": show(float(losses[0]) if len(losses) else None),
-        "last loss": show(float(losses[-1]) if len(losses) else None),
-        "least evaluation loss": show(float(eval_losses.min()) if len(eval_losses) else None),
-        "tokens": f"{int(tokens[-1]):,}" if len(tokens) else "–",
-        "tokens/s": f"{receipt['tokens_per_second']:,.0f}" if "tokens_per_second" in receipt else "–",
-        "seconds": f"{receipt['wall_time_seconds']:,.0f}" if "wall_time_seconds" in receipt else "–",
-        "peak GiB": f"{max(peaks) / 2**30:.2f}" if peaks else "–",
-        "devices": f"{len(devices)} × {devices[0].split(':')[0]}" if devices else "–",
-    }
+    names = ["run", "state", "steps", "first loss", "last loss", "least evaluation loss", "tokens", "tokens/s"]
+    names += ["seconds", "peak GiB", "devices"]
+    summary = dict.fromkeys(names, MISSING)
+    summary["run"] = run.name
+    summary["state"] = "no run.json yet"
+    if run.rows:
+        summary["steps"] = show(run.rows[-1]["step"])
+    _, losses = curve(run.rows, "loss")
+    if len(losses):
+        summary["first loss"] = show(float(losses[0]))
+        summary["last loss"] = show(float(losses[-1]))
+    _, eval_losses = curve(run.rows, "eval_loss")
+    if len(eval_losses):
+        summary["least evaluation loss"] = show(float(eval_losses.min()))
+    _, tokens = curve(run.rows, "num_input_tokens_seen")
+    if len(tokens):
+        summary["tokens"] = f"{int(tokens[-1]):,}"
+    if run.receipt is None:
+        return summary
+    summary["state"] = "ended"
+    if "tokens_per_second" in run.receipt:
+        summary["tokens/s"] = f"{run.receipt['tokens_per_second']:,.0f}"
+    if "wall_time_seconds" in run.receipt:
+        summary["seconds"] = f"{run.receipt['wall_time_seconds']:,.0f}"
+    if peaks_of(run):
+        summary["peak GiB"] = f"{max(peaks_of(run)) / 2**30:.2f}"
+    devices = run.receipt.get("devices")
+    if devices:
+        summary["devices"] = f"{len(devices)} × {devices[0].split(':')[0]}"
+    return summary
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    cells = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+    """An HTML table of texts."""
+    lines = ['<div class="wide"><table><thead><tr>']
+    lines += [f"<th>{html.escape(name)}</th>" for name in header]
+    lines.append("</tr></thead><tbody>")
+    for row in rows:
+        lines.append("<tr>")
+        lines += [f"<td>{html.escape(cell)}</td>" for cell in row]
+        lines.append("</tr>")
+    lines.append("</tbody></table></div>")
+    return "".join(lines)
 
 
 PAGE = """<!doctype html>
@@ -322,25 +438,39 @@ def write_report(runs: list[Run], output_dir: Path, refresh_seconds: float) -> N
     plt.close(figure)
     os.replace(output_dir / "report.tmp", output_dir / "report.png")
 
-    header = ["entry", *(run.name for run in runs)]
-    differing, alike = differences(runs)
-    receipts = ""
-    if len(runs) > 1:
-        rows = [[name, *(show(run.facts.get(name)) for run in runs)] for name in differing]
-        receipts = f"<h2>What differs between the receipts ({len(differing)})</h2>{table(header, rows)}"
-    rows = [[name, show(runs[0].facts.get(name))] for name in alike]
-    receipts += f"<details><summary>The same in all ({len(alike)})</summary>{table(['entry', 'value'], rows)}</details>"
+    title = f"{len(runs)} runs"
+    if len(runs) == 1:
+        title = "Run " + runs[0].name
+    refresh = ""
+    if refresh_seconds:
+        refresh = f'<meta http-equiv="refresh" content="{refresh_seconds:g}">'
     summaries = [summarize(run) for run in runs]
+    svg = picture.getvalue()
     page = PAGE.format(
-        refresh=f'<meta http-equiv="refresh" content="{refresh_seconds:g}">' if refresh_seconds else "",
-        title=html.escape("Run " + runs[0].name if len(runs) == 1 else f"{len(runs)} runs"),
+        refresh=refresh,
+        title=html.escape(title),
         summary=table(list(summaries[0]), [list(summary.values()) for summary in summaries]),
-        picture=picture.getvalue()[picture.getvalue().index("<svg") :],
-        receipts=receipts,
+        picture=svg[svg.index("<svg") :],
+        receipts=make_receipts(runs),
         time=time.strftime("%Y-%m-%d %H:%M:%S"),
     )
     (output_dir / "report.tmp").write_text(page, encoding="utf-8")
     os.replace(output_dir / "report.tmp", output_dir / "report.html")
+
+
+def make_receipts(runs: list[Run]) -> str:
+    """HTML: what differs between the receipts, and, folded up, what is the same in all."""
+    differing, alike = differences(runs)
+    page = ""
+    if len(runs) > 1:
+        header = ["entry", *(run.name for run in runs)]
+        rows = []
+        for name in differing:
+            rows.append([name, *(show(run.facts.get(name)) for run in runs)])
+        page += f"<h2>What differs between the receipts ({len(differing)})</h2>{table(header, rows)}"
+    rows = [[name, show(runs[0].facts.get(name))] for name in alike]
+    page += f"<details><summary>The same in all ({len(alike)})</summary>{table(['entry', 'value'], rows)}</details>"
+    return page
 
 
 def check_arguments(args: Arguments, folders: list[Path]) -> None:
@@ -356,7 +486,7 @@ def check_arguments(args: Arguments, folders: list[Path]) -> None:
     output_dir = Path(args.output_dir)
     existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        mistakes.append(f"--output_dir {args.output_dir}: {existing} is no writable folder; choose another")
+        mistakes.append(f"--output_dir {args.output_dir}: {existing} is not a writable folder; choose another")
     if mistakes:
         raise ValueError("\n".join(mistakes))
 
@@ -374,14 +504,16 @@ def main() -> None:
     while True:
         runs = [read_run(folder) for folder in positional.runs]
         all_ended = all(run.receipt for run in runs)
-        write_report(runs, output_dir, 0 if all_ended else args.watch)
         if args.watch == 0 or all_ended:
+            write_report(runs, output_dir, 0)
             break
+        write_report(runs, output_dir, args.watch)
         time.sleep(args.watch)
-    differing, _ = differences(runs)
     for run in runs:
-        print(", ".join(f"{name} {value}" for name, value in summarize(run).items() if value != "–"))
+        parts = [f"{name} {value}" for name, value in summarize(run).items() if value != MISSING]
+        print(", ".join(parts))
     if len(runs) > 1:
+        differing, _ = differences(runs)
         print(f"{len(differing)} entries of the receipts differ, among them: {', '.join(differing[:8])}")
     print(f"wrote {output_dir / 'report.png'} and {output_dir / 'report.html'}")
 

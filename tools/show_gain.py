@@ -8,6 +8,14 @@ import sys
 from pathlib import Path
 
 
+def read_answer(text: str) -> tuple[str, str, str]:
+    """The question, the model's answer and the expected answer of the first example in what test_sample.py printed."""
+    example = text.partition("--- 1\n")[2]
+    question, _, rest = example.partition("answer:")
+    answer, _, expected = rest.partition("expected:")
+    return question, answer.strip(), expected.strip()
+
+
 def main() -> None:
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "tuned.json").is_file():
         sys.exit("error: name the folder that holds base.json and tuned.json, which scripts/quickstart.sh makes")
@@ -16,15 +24,16 @@ def main() -> None:
     for name in ("base", "tuned"):
         result = json.loads((folder / f"{name}.json").read_text())
         low, high = result["accuracy_interval"]
-        print(f"{name:12}{result['loss']:>15.4f}{result['accuracy']:>10.1%}{f'{low:.1%} to {high:.1%}':>20}")
+        interval = f"{low:.1%} to {high:.1%}"
+        print(f"{name:12}{result['loss']:>15.4f}{result['accuracy']:>10.1%}{interval:>20}")
     print(f"({result['num_questions']} questions with four options)\n")
 
-    texts = {name: (folder / f"{name}.txt").read_text(encoding="utf-8") for name in ("base", "tuned")}
-    question, _, rest = texts["tuned"].partition("--- 1\n")[2].partition("answer:")
+    _, base_answer, _ = read_answer((folder / "base.txt").read_text(encoding="utf-8"))
+    question, tuned_answer, expected = read_answer((folder / "tuned.txt").read_text(encoding="utf-8"))
     print(question)
-    for name, text in texts.items():
-        print(f"{name:10}{text.partition('answer:')[2].partition('expected:')[0].strip()}")
-    print(f"{'expected':10}{rest.partition('expected:')[2].strip()}")
+    print(f"{'base':10}{base_answer}")
+    print(f"{'tuned':10}{tuned_answer}")
+    print(f"{'expected':10}{expected}")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,29 @@
 """Converts Meta's LLaMA checkpoints (params.json, consolidated.*.pth, tokenizer.model) to the Hugging Face format and
-back, and proves what it wrote.
+proves what it wrote.
 
-Choose it when you have the weights as Meta hands them out, for LLaMA 1, Llama 2, Code Llama and Llama 3 to 3.3 (text),
-or when a fine-tuned model must go back to Meta's code. It needs little memory, however large the model is: the shards
-are memory-mapped and written block by block, and the check runs layer by layer.
+Choose it when you have the weights as Meta hands them out: LLaMA 1, Llama 2, Code Llama, and Llama 3 to 3.3 (text).
+It needs little memory, however large the model is: weights are copied block by block, and the check runs layer by
+layer.
 
     python convert_llama_weights_to_hf.py --input_dir Llama3.1-8B-Instruct --output_dir models/Llama-3.1-8B-Instruct
-    python convert_llama_weights_to_hf.py --to_meta --num_shards 2 --input_dir outputs/finetune_pp --output_dir meta
 
 Writes into --output_dir the model, its tokenizer and conversion_report.json: how closely an independent computation on
-Meta's shards and transformers' layers on the other side agree, and the SHA-256 of every file. All of it appears at
-once when it is complete; until then it lies in a folder whose name ends in .incomplete.
+Meta's shards and transformers' layers on the new files agree, and the SHA-256 of every file. All of it appears at once
+when it is complete; until then it lies in a folder whose name ends in .incomplete.
+
+The way back is tools/convert_hf_to_meta.py. It imports from here what both directions must agree on: the table of
+weights, the meaning of params.json, and the proof.
 
 The formulas are those of LLaMA (arXiv 2302.13971), rotary embedding (2104.09864) and grouped-query attention
-(2305.13245); the scaled frequencies and the layout of the shards are those of Meta's llama-models repository.
+(2305.13245). The scaled frequencies and the layout of the shards are those of Meta's llama-models repository.
 """
 
 import base64
 import contextlib
-import ctypes
 import hashlib
 import itertools
 import json
 import math
-import mmap
 import pickle
 import random
 import re
@@ -32,7 +32,8 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import MISSING, asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import regex
@@ -50,463 +51,632 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, HfArgument
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # of the safetensors format
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-BLOCK_BYTES = 2**22  # what is copied at once; more than the processor's cache holds takes longer
-TOLERANCE = 1e-3  # both sides compute in float32 with the same numbers, and differ by the order of their sums
-
-
-def flag(default, help: str, choices: str | None = None):
-    return field(default=default, metadata={"help": help} | ({"metavar": choices} if choices else {}))
+SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+BYTES_OF_UNIT = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# What is copied at once. A block that does not fit the processor's cache takes longer.
+BLOCK_BYTES = 2**22
+# Both sides of the proof compute in float32 with the same numbers; they differ by the order of their sums.
+TOLERANCE = 1e-3
+REPORT = "conversion_report.json"
 
 
 @dataclass
 class Arguments:
-    input_dir: str = flag(MISSING, "folder of Meta's download; with --to_meta: of a Hugging Face model")
-    output_dir: str = flag(MISSING, "folder for the result; it must not exist, or be empty")
-    dtype: str = flag("auto", "of the written weights; auto: as they are", "bfloat16|float16|float32|auto")
-    max_shard_size: str = flag("5GB", "largest .safetensors file, such as 5GB or 500MB")
-    verify: bool = flag(True, "compare all values and an independent computation, and hash all files")
-    tokenizer_only: bool = flag(False, "convert tokenizer.model and nothing else")
-    to_meta: bool = flag(False, "the other direction: from Hugging Face to Meta")
-    num_shards: int | None = flag(None, "of --to_meta; default: as many as the model once had, else 1")
-    rope_scaling_factor: float | None = flag(None, "of Llama 3.1 and later; default: 32 if the output is tied, else 8")
-    instruct: bool | None = flag(None, "with chat template and stop ids (Llama 3); default: as the folder's name says")
+    input_dir: str = field(metadata={"help": "folder of Meta's download"})
+    output_dir: str = field(metadata={"help": "folder for the result; it must not exist, or be empty"})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "of the written weights; auto: as they are", "metavar": "bfloat16|float16|float32|auto"},
+    )
+    max_shard_size: str = field(default="5GB", metadata={"help": "largest .safetensors file, such as 5GB or 500MB"})
+    verify: bool = field(
+        default=True, metadata={"help": "compare all values and an independent computation, and hash all files"}
+    )
+    tokenizer_only: bool = field(default=False, metadata={"help": "convert tokenizer.model and nothing else"})
+    rope_scaling_factor: float | None = field(
+        default=None, metadata={"help": "of Llama 3.1 and later; default: 32 if the output is tied, else 8"}
+    )
+    instruct: bool | None = field(
+        default=None,
+        metadata={"help": "with chat template and stop ids (Llama 3); default: as the folder's name says"},
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------------
-# What params.json means, and under which name, in which shape and how divided each side keeps a weight
+# What params.json means
 # -------------------------------------------------------------------------------------------------------------------
 
-# The entries of params.json; one that is not here might change what the weights mean.
-COUNTS = ["dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"]
-NUMBERS = ["norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scaling_factor"]
-OTHERS = ["vocab_size", "use_scaled_rope", "max_batch_size", "max_seq_len"]
-# What params.json determines of a configuration.
-FIELDS = (
-    "model_type hidden_act attention_bias mlp_bias head_dim vocab_size hidden_size intermediate_size num_hidden_layers "
-    "num_attention_heads num_key_value_heads rms_norm_eps rope_parameters tie_word_embeddings"
-).split()
+# The entries that are understood. One that is not here might change what the weights mean.
+INTEGER_PARAMS = ["dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"]
+NUMBER_PARAMS = ["norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scaling_factor"]
+OTHER_PARAMS = ["vocab_size", "use_scaled_rope", "max_batch_size", "max_seq_len"]
+REQUIRED_PARAMS = ["dim", "n_layers", "n_heads"]
 
 
-@dataclass(frozen=True)
-class Weight:
-    meta: str
-    hf: str
-    shape: tuple[int, ...]
-    split: int | None = None  # the dimension that Meta's shards divide; None: every shard holds all of it
-    rotary: bool = False  # Meta's layout pairs the rows 2i and 2i+1 of a head, Hugging Face's i and i + head_dim/2
-    max_parts: int = 2**30  # key and value heads are not cut: where they are fewer than shards, neighbours hold copies
+def read_params(folder: Path) -> dict:
+    """The content of params.json.
 
-    def num_parts(self, num_shards: int) -> int:
-        return 1 if self.split is None else min(num_shards, self.max_parts)
-
-    def piece_shape(self, num_shards: int) -> list[int]:
-        return [n // self.num_parts(num_shards) if i == self.split else n for i, n in enumerate(self.shape)]
-
-
-def list_weights(c: LlamaConfig, vocabulary_parallel: bool) -> list[Weight]:
-    """All weights in Meta's order. LLaMA 1 and 2 divide the embedding by columns, Llama 3 by its vocabulary."""
-    dim, ffn, kv, table = c.hidden_size, c.intermediate_size, c.num_key_value_heads, (c.vocab_size, c.hidden_size)
-    weights = [Weight("tok_embeddings.weight", "model.embed_tokens.weight", table, 0 if vocabulary_parallel else 1)]
-    for i in range(c.num_hidden_layers):
-        for meta, hf, *layout in (
-            ("attention.wq", "self_attn.q_proj", (dim, dim), 0, True),
-            ("attention.wk", "self_attn.k_proj", (kv * c.head_dim, dim), 0, True, kv),
-            ("attention.wv", "self_attn.v_proj", (kv * c.head_dim, dim), 0, False, kv),
-            ("attention.wo", "self_attn.o_proj", (dim, dim), 1),
-            ("feed_forward.w1", "mlp.gate_proj", (ffn, dim), 0),
-            ("feed_forward.w2", "mlp.down_proj", (dim, ffn), 1),
-            ("feed_forward.w3", "mlp.up_proj", (ffn, dim), 0),
-            ("attention_norm", "input_layernorm", (dim,)),
-            ("ffn_norm", "post_attention_layernorm", (dim,)),
-        ):
-            weights.append(Weight(f"layers.{i}.{meta}.weight", f"model.layers.{i}.{hf}.weight", *layout))
-    # A tied output, if Meta's file has it nevertheless, is read back from the embedding.
-    output = "model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
-    return [*weights, Weight("norm.weight", "model.norm.weight", (dim,)), Weight("output.weight", output, table, 0)]
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds an entry that is unknown or has a wrong type.
+    """
+    try:
+        params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError("no params.json in it; name the folder that Meta's download made") from None
+    except ValueError:
+        params = None
+    if not isinstance(params, dict):
+        raise ValueError("params.json is not a JSON object; download it again")
+    check_params(params)
+    return params
 
 
-def config_of_params(params: dict, vocab_size: int, tied: bool, factor: float | None, dtype=None) -> LlamaConfig:
+def check_params(params: dict) -> None:
+    known = {*INTEGER_PARAMS, *NUMBER_PARAMS, *OTHER_PARAMS}
+    # A null means that Meta's code takes its default.
+    stated = {name: value for name, value in params.items() if value is not None}
+    unknown = sorted(stated.keys() - known)
+    if unknown:
+        raise ValueError(f"params.json has {', '.join(unknown)}: not a text model, or quantized; take another")
+    wrong = []
+    for name in REQUIRED_PARAMS:
+        if name not in stated:
+            wrong.append(name)
+    for name, value in stated.items():
+        if name in INTEGER_PARAMS and not (type(value) is int and value > 0):
+            wrong.append(name)
+        if name in NUMBER_PARAMS and not (type(value) in (int, float) and 0 < value < math.inf):
+            wrong.append(name)
+        if name == "vocab_size" and type(value) is not int:
+            wrong.append(name)
+        if name == "use_scaled_rope" and type(value) is not bool:
+            wrong.append(name)
+    if wrong:
+        raise ValueError(f"params.json has no number, or a wrong one, for {', '.join(wrong)}; download it again")
+
+
+def config_of_params(
+    params: dict, vocab_size: int, tied: bool, scaling_factor: float | None, dtype: torch.dtype | None = None
+) -> LlamaConfig:
     """The configuration that params.json states, with the defaults of the code that Meta published with it.
 
     Args:
-        factor: of the scaled frequencies, if it is not the one that Meta's code has for this generation.
-        dtype: of Meta's files; with theta it tells the generation, and so the context, which no file states.
+        params: the content of params.json.
+        vocab_size: tokens; LLaMA 1 and 2 do not state it.
+        tied: whether the output layer is the embedding.
+        scaling_factor: of the scaled frequencies, where it is not the one that Meta's code has for this generation.
+        dtype: of Meta's weights. It helps to tell LLaMA 1 from Llama 2, whose contexts no file states.
     """
-    dim, num_heads = params["dim"], params["n_heads"]
-    rope_theta, norm_eps = float(params.get("rope_theta") or 10000), params.get("norm_eps") or 1e-5
-    rope = {"rope_type": "default", "rope_theta": rope_theta}
-    if params.get("use_scaled_rope"):
-        context = 131072
-        rope["rope_type"] = "llama3"
-        rope["factor"] = float(factor or params.get("rope_scaling_factor") or (32 if tied else 8))
-        rope["low_freq_factor"], rope["high_freq_factor"] = 1.0, 4.0
-        rope["original_max_position_embeddings"] = 8192
-    elif rope_theta == 500000:  # Llama 3
-        context = 8192
-    elif rope_theta != 10000:  # Code Llama
-        context = 16384
-    elif dtype == torch.float16 or (dtype != torch.bfloat16 and norm_eps < 1e-5):  # LLaMA 1
-        context = 2048
-    else:
-        context = 4096
-    multiple_of = params.get("multiple_of") or 256
-    intermediate_size = int((params.get("ffn_dim_multiplier") or 1) * int(8 * dim / 3))
+    rope = rope_of_params(params, tied, scaling_factor)
+    num_heads = params["n_heads"]
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=vocab_size,
-        hidden_size=dim,
-        intermediate_size=math.ceil(intermediate_size / multiple_of) * multiple_of,
+        hidden_size=params["dim"],
+        intermediate_size=feed_forward_size(params),
         num_hidden_layers=params["n_layers"],
         num_attention_heads=num_heads,
         num_key_value_heads=params.get("n_kv_heads") or num_heads,
-        max_position_embeddings=context,
-        rms_norm_eps=norm_eps,
+        max_position_embeddings=context_of_params(params, rope, dtype),
+        rms_norm_eps=norm_eps_of_params(params),
         rope_parameters=rope,
         tie_word_embeddings=tied,
     )
 
 
-def params_of_config(c: LlamaConfig) -> dict:
-    params = {
-        "dim": c.hidden_size,
-        "n_layers": c.num_hidden_layers,
-        "n_heads": c.num_attention_heads,
-        "n_kv_heads": c.num_key_value_heads,
-        "vocab_size": c.vocab_size,
-        "norm_eps": c.rms_norm_eps,
-        "rope_theta": c.rope_parameters["rope_theta"],
-        # Meta's formula for the feed-forward size has no inverse in round numbers; these two give exactly that size.
-        "multiple_of": 1,
-        "ffn_dim_multiplier": (c.intermediate_size + 0.5) / int(8 * c.hidden_size / 3),
+def feed_forward_size(params: dict) -> int:
+    """Rows of w1 and w3, rounded up to a multiple of multiple_of (llama-models, models/llama3/model.py)."""
+    size = int(8 * params["dim"] / 3)
+    size = int((params.get("ffn_dim_multiplier") or 1) * size)
+    multiple_of = params.get("multiple_of") or 256
+    return math.ceil(size / multiple_of) * multiple_of
+
+
+def norm_eps_of_params(params: dict) -> float:
+    return params.get("norm_eps") or 1e-5
+
+
+def rope_of_params(params: dict, tied: bool, scaling_factor: float | None) -> dict:
+    theta = float(params.get("rope_theta") or 10000)
+    if not params.get("use_scaled_rope"):
+        return {"rope_type": "default", "rope_theta": theta}
+    # Meta's files do not state the factor. The small models of Llama 3.2, whose output is tied, have another one.
+    factor = scaling_factor or params.get("rope_scaling_factor")
+    if factor is None and tied:
+        factor = 32
+    elif factor is None:
+        factor = 8
+    return {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": float(factor),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
     }
-    if "factor" in c.rope_parameters:
-        params |= {"use_scaled_rope": True, "rope_scaling_factor": c.rope_parameters["factor"]}
-    return params
+
+
+def context_of_params(params: dict, rope: dict, dtype: torch.dtype | None) -> int:
+    """Tokens that the generation was trained on, told by the frequencies and the dtype."""
+    if rope["rope_type"] == "llama3":
+        return 131072
+    if rope["rope_theta"] == 500000:  # Llama 3
+        return 8192
+    if rope["rope_theta"] != 10000:  # Code Llama
+        return 16384
+    if dtype == torch.float16:  # LLaMA 1
+        return 2048
+    if dtype != torch.bfloat16 and norm_eps_of_params(params) < 1e-5:  # LLaMA 1 in another dtype
+        return 2048
+    return 4096
 
 
 # -------------------------------------------------------------------------------------------------------------------
-# What can go wrong is found here, before anything is written
+# Under which name, in which shape and how divided each side keeps a weight
 # -------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Plan:
-    tokenizer: "TokenizerFile | None"
-    config: LlamaConfig | None = None  # what Meta's params.json means, in both directions
-    weights: list[Weight] = field(default_factory=list)  # those to write
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the result, by Meta's names
-    shards: list[dict[str, torch.Tensor]] | None = None
-    meta: dict = field(default_factory=dict)  # what the way back needs and no file of Hugging Face's shows
+@dataclass(frozen=True)
+class Weight:
+    meta_name: str
+    hf_name: str
+    shape: tuple[int, ...]
+    # The dimension that Meta's shards divide. None: every shard holds all of it.
+    split_dim: int | None = None
+    # Meta's layout pairs the rows 2i and 2i + 1 of a head, Hugging Face's i and i + head_dim / 2.
+    is_rotary: bool = False
+    # Key and value heads are not cut: where they are fewer than the shards, neighbours hold copies of a head.
+    num_kv_heads: int | None = None
 
-    def num_bytes(self, weight: Weight) -> int:
-        return self.dtypes[weight.meta].itemsize * math.prod(weight.shape)
+    def num_parts(self, num_shards: int) -> int:
+        """Into how many different pieces `num_shards` shards divide it."""
+        if self.split_dim is None:
+            return 1
+        if self.num_kv_heads is None:
+            return num_shards
+        return min(num_shards, self.num_kv_heads)
+
+    def piece_shape(self, num_shards: int) -> list[int]:
+        shape = list(self.shape)
+        if self.split_dim is not None:
+            shape[self.split_dim] //= self.num_parts(num_shards)
+        return shape
 
 
-def check_arguments(args: Arguments) -> Plan:
-    """What to convert, from the headers of the files alone.
+def list_weights(config: LlamaConfig, vocabulary_parallel: bool, output_stored: bool) -> list[Weight]:
+    """All weights in Meta's order.
 
-    Raises:
-        ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
+    Args:
+        vocabulary_parallel: the shards divide the embedding by tokens (Llama 3), not by columns (LLaMA 1 and 2).
+        output_stored: Meta's files hold the output layer. A tied one is missing in some, and is a copy in others.
     """
-    output, part, plan = Path(args.output_dir).resolve(), incomplete_folder(args.output_dir), None
-    factor, n = args.rope_scaling_factor, args.num_shards
-    mistakes = [
-        f"--{name} {getattr(args, name)}: {remedy}"
-        for name, wrong, remedy in (
-            ("dtype", args.dtype not in (*DTYPES, "auto"), f"must be one of {', '.join(DTYPES)}, auto"),
-            ("max_shard_size", parse_size(args.max_shard_size) < 1, "write a size such as 5GB or 500MB"),
-            ("num_shards", n is not None and (n < 1 or not args.to_meta), "at least 1; only with --to_meta"),
-            ("rope_scaling_factor", factor is not None and (factor < 1 or args.to_meta), "at least 1; no --to_meta"),
-            ("instruct", args.instruct is not None and args.to_meta, "not with --to_meta"),
-            ("tokenizer_only", args.tokenizer_only and args.to_meta, "not with --to_meta"),
-            ("output_dir", output.is_file() or output.is_dir() and any(output.iterdir()), "not empty; name another"),
-            ("output_dir", part.exists(), f"another conversion runs or was killed; if it was, delete {part}"),
-            ("input_dir", not Path(args.input_dir).is_dir(), "no such folder"),
-        )
-        if wrong
+    dim = config.hidden_size
+    table = (config.vocab_size, dim)
+    embedding_split = 1
+    if vocabulary_parallel:
+        embedding_split = 0
+    weights = [Weight("tok_embeddings.weight", "model.embed_tokens.weight", table, embedding_split)]
+    for i in range(config.num_hidden_layers):
+        weights += list_layer_weights(config, i)
+    weights.append(Weight("norm.weight", "model.norm.weight", (dim,)))
+    output_name = "lm_head.weight"
+    if config.tie_word_embeddings:
+        output_name = "model.embed_tokens.weight"
+    if output_stored:
+        weights.append(Weight("output.weight", output_name, table, 0))
+    return weights
+
+
+def list_layer_weights(config: LlamaConfig, layer: int) -> list[Weight]:
+    dim = config.hidden_size
+    ffn = config.intermediate_size
+    num_kv = config.num_key_value_heads
+    kv_shape = (num_kv * config.head_dim, dim)
+    meta = f"layers.{layer}"
+    hf = f"model.layers.{layer}"
+    return [
+        Weight(f"{meta}.attention.wq.weight", f"{hf}.self_attn.q_proj.weight", (dim, dim), 0, True),
+        Weight(f"{meta}.attention.wk.weight", f"{hf}.self_attn.k_proj.weight", kv_shape, 0, True, num_kv),
+        Weight(f"{meta}.attention.wv.weight", f"{hf}.self_attn.v_proj.weight", kv_shape, 0, False, num_kv),
+        Weight(f"{meta}.attention.wo.weight", f"{hf}.self_attn.o_proj.weight", (dim, dim), 1),
+        Weight(f"{meta}.feed_forward.w1.weight", f"{hf}.mlp.gate_proj.weight", (ffn, dim), 0),
+        Weight(f"{meta}.feed_forward.w2.weight", f"{hf}.mlp.down_proj.weight", (dim, ffn), 1),
+        Weight(f"{meta}.feed_forward.w3.weight", f"{hf}.mlp.up_proj.weight", (ffn, dim), 0),
+        Weight(f"{meta}.attention_norm.weight", f"{hf}.input_layernorm.weight", (dim,)),
+        Weight(f"{meta}.ffn_norm.weight", f"{hf}.post_attention_layernorm.weight", (dim,)),
     ]
-    if not mistakes:
-        try:
-            plan = check_hf(args) if args.to_meta else check_meta(args)
-        except (ValueError, OSError, StrictDataclassError, ZeroDivisionError) as problem:
-            mistakes.append(f"--input_dir {args.input_dir}: {' '.join(str(problem).split())}")
-    if plan:
-        needed, free = 2**26 + sum(map(plan.num_bytes, plan.weights)), shutil.disk_usage(part.parent).free
-        if free < needed:
-            sizes = f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free"
-            mistakes.append(f"--output_dir {args.output_dir}: {sizes} on that disk; name a folder on another")
-    if mistakes:
-        raise ValueError("\n".join(mistakes))
-    return plan
 
 
-def parse_size(text: str) -> int:
-    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)", text.strip().upper())
-    return int(float(size[1]) * UNITS[size[2]]) if size else 0
+def check_division(config: LlamaConfig, weights: list[Weight], num_shards: int, remedy: str) -> None:
+    """Raises ValueError where heads and weights cannot be divided evenly among the shards."""
+    num_heads = config.num_attention_heads
+    num_kv = config.num_key_value_heads
+    remainders = [
+        config.hidden_size % num_heads,
+        config.head_dim % 2,
+        num_heads % num_kv,
+        num_heads % num_shards,
+        max(num_shards, num_kv) % min(num_shards, num_kv),
+    ]
+    for weight in weights:
+        if weight.split_dim is not None:
+            remainders.append(weight.shape[weight.split_dim] % weight.num_parts(num_shards))
+    if any(remainders):
+        raise ValueError(
+            f"{num_shards} shards do not divide {num_heads} heads, {num_kv} key/value heads, "
+            f"{config.hidden_size} dimensions, {config.intermediate_size} feed-forward rows and "
+            f"{config.vocab_size} tokens; {remedy}"
+        )
 
 
-def incomplete_folder(output_dir: str) -> Path:
-    """Where the result grows: beside the folder that will hold it, as far as that path exists."""
-    output = Path(output_dir).resolve()
-    return next(parent for parent in output.parents if parent.is_dir()) / f"{output.name}.incomplete"
+# Meta's order and Hugging Face's order of the rows of q and k, whole heads at a time.
+def to_hf_order(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def check_meta(args: Arguments) -> Plan:
-    """The plan for a folder of Meta's.
+def to_meta_order(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Meta's shards: headers first, rows of a tensor when they are needed
+# -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a .pth file, of which rows are read when they are needed.
+
+    The file is read, not mapped: pages of a mapping count as used memory until the file is closed.
+    """
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    is_contiguous: bool
+    storage_start: int  # byte of the file
+    storage_bytes: int
+    storage_offset: int  # elements of the storage before the tensor's first one
+
+    def read(self) -> torch.Tensor:
+        return self.read_rows(0, self.shape[0])
+
+    def read_rows(self, start: int, stop: int) -> torch.Tensor:
+        """The rows from `start` to before `stop`, (stop - start, columns); of a vector, its elements."""
+        if not self.is_contiguous:
+            # A view that somebody saved; Meta's own files have none. Its storage is read as a whole.
+            storage = self.read_elements(0, self.storage_bytes // self.dtype.itemsize)
+            return storage.as_strided(self.shape, self.strides, self.storage_offset)[start:stop]
+        row_shape = self.shape[1:]
+        row_size = math.prod(row_shape)
+        elements = self.read_elements(self.storage_offset + start * row_size, (stop - start) * row_size)
+        return elements.view(stop - start, *row_shape)
+
+    def read_elements(self, first: int, count: int) -> torch.Tensor:
+        data = torch.empty(count * self.dtype.itemsize, dtype=torch.uint8)
+        with open(self.path, "rb") as file:
+            file.seek(self.storage_start + first * self.dtype.itemsize)
+            num_bytes = file.readinto(data.numpy())
+        if num_bytes != len(data):
+            raise OSError(f"{self.path.name} became shorter while it was read")
+        return data.view(self.dtype)
+
+    def read_as_float(self, dtype: torch.dtype) -> torch.Tensor:
+        """All values in float32, rounded to `dtype` before; block by block, so that no second copy is in memory."""
+        values = torch.empty(self.shape)
+        for start, stop in row_blocks(self.shape):
+            values[start:stop] = self.read_rows(start, stop).to(dtype)
+        return values
+
+
+Shard = dict[str, StoredTensor]
+
+
+def open_shards(folder: Path) -> list[Shard]:
+    """The headers of every shard; no weights are read, and nothing in the files is executed.
 
     Raises:
-        ValueError, FileNotFoundError: a file is missing, damaged or not what params.json says.
+        FileNotFoundError, ValueError: a shard is missing, damaged, in an old format, or holds more than tensors.
     """
-    folder = Path(args.input_dir)
-    params = {} if args.tokenizer_only and not (folder / "params.json").is_file() else read_params(folder)
-    places = [parent / "tokenizer.model" for parent in (folder.resolve(), folder.resolve().parent)]
-    path = next(filter(Path.is_file, places), None)
-    if path is None:
-        raise FileNotFoundError("no tokenizer.model in it or beside it; Meta's download has one, copy it there")
-    # Llama 3 and its successors have the same tokenizer.model; what its special tokens are called depends on which.
-    newer = bool(params.get("use_scaled_rope")) if params else True
-    tokenizer = read_tokenizer(path, newer, is_instruct(folder) if args.instruct is None else args.instruct)
-    if args.instruct and tokenizer.kind != "tiktoken":
-        raise ValueError("only Llama 3 and its successors have a chat template here; leave --instruct away")
-    if args.tokenizer_only:
-        return Plan(tokenizer)
-    if args.rope_scaling_factor and not params.get("use_scaled_rope"):
-        raise ValueError("params.json does not state use_scaled_rope; leave --rope_scaling_factor away")
-
-    shards = open_shards(folder)
-    embedding, n = shards[0].get("tok_embeddings.weight"), len(shards)
-    if embedding is None or embedding.dim() != 2:
-        raise ValueError("tok_embeddings.weight is missing in shard 0, or is no matrix; download it again")
-    vocabulary_parallel = n > 1 and embedding.shape[1] == params["dim"]
-    # LLaMA 1 and 2 state -1 and leave it to the tokenizer.
-    vocab_size = max(params.get("vocab_size") or 0, 0) or len(embedding) * (n if vocabulary_parallel else 1)
-    stored = any("output.weight" in shard for shard in shards)
-    tied = not stored or all(is_tied(shard) for shard in shards)
-    if tokenizer.size != vocab_size:
-        raise ValueError(f"{path} has {tokenizer.size} tokens, the embedding {vocab_size}; they do not belong together")
-    config = config_of_params(params, vocab_size, tied, args.rope_scaling_factor, embedding.dtype)
-    weights = list_weights(config, vocabulary_parallel)[: None if stored else -1]
-    check_division(config, weights, n, "a shard is missing, or params.json is of another model")
-    check_shards(weights, shards, config.head_dim)
-    if embedding.dtype == torch.bfloat16 and config.rms_norm_eps < 1e-5:
-        remedy = "Llama 2 was trained with 1e-05, and Meta corrected an early params.json that says otherwise"
-        print(f"warning: params.json states norm_eps {config.rms_norm_eps}: {remedy}", file=sys.stderr)
-
-    dtypes = {weight.meta: DTYPES.get(args.dtype, shards[0][weight.meta].dtype) for weight in weights}
-    config.dtype = name_of(dtypes["tok_embeddings.weight"])
-    for name, value in tokenizer.ids().items():
-        setattr(config, name, value)
-    # One shard does not show how it would be divided: as Llama 3 is, if it has its tokenizer.
-    meta = {"params": params, "num_shards": n, "output_stored": stored}
-    meta["vocabulary_parallel"] = vocabulary_parallel or (n == 1 and tokenizer.kind == "tiktoken")
-    if "rope.freqs" in shards[0]:  # a table that Meta's code computes anew
-        freqs = shards[0]["rope.freqs"]
-        meta["rope_freqs"] = {"dtype": name_of(freqs.dtype), "values": freqs.tolist()}
-    return Plan(tokenizer, config, weights[: -1 if stored and tied else None], dtypes, shards, meta)
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    present = {path.name for path in paths}
+    for i in range(max(len(paths), 1)):
+        name = f"consolidated.{i:02d}.pth"
+        if name not in present:
+            raise FileNotFoundError(f"{name} is missing; download it again, or name the folder that has it")
+    return [open_shard(path) for path in paths]
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def is_instruct(folder: Path) -> bool:
-    """Nothing in the files tells an Instruct model from a base model, but the name that its download has."""
-    names = [*folder.absolute().parts[-2:], *folder.resolve().parts[-2:]]
-    names += [part for part in folder.absolute().parts if part.startswith("models--")]  # the hub's cache
-    return any("instruct" in name.lower() for name in names)
-
-
-def read_params(folder: Path) -> dict:
+def open_shard(path: Path) -> Shard:
+    with open(path, "rb") as file:
+        signature = file.read(2)
+    if signature[:1] == b"\x80":  # a bare pickle, as PyTorch wrote before 1.6
+        resave = f"import torch; torch.save(torch.load('{path}', weights_only=True), '{path}')"
+        raise ValueError(f'{path.name} is in an old format; run python -c "{resave}"')
     try:
-        params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
-        stated = {name: value for name, value in params.items() if value is not None}
-    except FileNotFoundError:
-        raise FileNotFoundError("no params.json in it; name the folder that Meta's download made") from None
-    except (ValueError, AttributeError):
-        raise ValueError("params.json is no JSON object; download it again") from None
-    if unknown := stated.keys() - {*COUNTS, *NUMBERS, *OTHERS}:
-        raise ValueError(f"params.json has {', '.join(sorted(unknown))}: no text model, or quantized; take another")
-    wrong = [name for name in COUNTS if name in stated and not (type(stated[name]) is int and stated[name] > 0)]
-    wrong += [name for name in NUMBERS if name in stated and not is_positive(stated[name])]
-    wrong += ["vocab_size"] if type(stated.get("vocab_size", -1)) is not int else []
-    wrong += ["use_scaled_rope"] if type(stated.get("use_scaled_rope", False)) is not bool else []
-    if wrong := [name for name in ("dim", "n_layers", "n_heads") if name not in stated] + wrong:
-        raise ValueError(f"params.json has no number, or a wrong one, for {', '.join(wrong)}; download it again")
-    return params
-
-
-def is_positive(value) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
-
-
-def open_shards(folder: Path) -> list[dict[str, torch.Tensor]]:
-    """Every shard's tensors, mapped and not read; nothing in the files is executed."""
-    paths, shards = sorted(folder.glob("consolidated.*.pth")), []
-    expected = {f"consolidated.{i:02d}.pth" for i in range(max(len(paths), 1))}
-    if absent := sorted(expected - {path.name for path in paths}):
-        raise FileNotFoundError(f"{absent[0]} is missing; download it again, or name the folder that has it")
-    for path in paths:
-        with open(path, "rb") as file:
-            start = file.read(2)
-        if start[:1] == b"\x80":  # a bare pickle, as PyTorch wrote before 1.6
-            resave = f"import torch; torch.save(torch.load('{path}', weights_only=True), '{path}')"
-            raise ValueError(f'{path.name} is in an old format that cannot be mapped; run python -c "{resave}"')
-        try:
-            if start != b"PK":
-                raise RuntimeError("this is no PyTorch file")
-            shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError:
-            shard = None
-        except RuntimeError as problem:
-            reason = str(problem).splitlines()[0].split(". ")[0]  # what follows may advise to execute the pickle
-            raise ValueError(f"{path.name} is truncated or damaged ({reason}); download it again") from None
-        if not isinstance(shard, dict) or not all(map(is_dense, shard.values())):
-            raise ValueError(f"{path.name} holds other things than tensors and was not opened; get it from Meta")
-        shards.append(shard)
-    return shards
+        if signature != b"PK":
+            raise RuntimeError("this is not a PyTorch file")
+        # In this mode tensors have a shape and a place in the file, but no memory.
+        with FakeTensorMode():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        content = None
+    except RuntimeError as problem:
+        # What follows the first sentence may advise to execute the pickle.
+        reason = str(problem).splitlines()[0].split(". ")[0]
+        raise ValueError(f"{path.name} is truncated or damaged ({reason}); download it again") from None
+    if not isinstance(content, dict) or not all(is_dense(value) for value in content.values()):
+        raise ValueError(f"{path.name} holds other things than tensors and was not opened; get it from Meta")
+    return {name: locate_tensor(path, tensor) for name, tensor in content.items()}
 
 
 def is_dense(value) -> bool:
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
-def is_tied(shard: dict[str, torch.Tensor]) -> bool:
-    """Whether the output, which is stored, equals the embedding, as in Llama 3.2."""
-    embedding, output = shard.get("tok_embeddings.weight"), shard.get("output.weight")
-    if embedding is None or output is None or embedding.shape != output.shape:
+def locate_tensor(path: Path, tensor: torch.Tensor) -> StoredTensor:
+    storage = tensor.untyped_storage()
+    return StoredTensor(
+        path,
+        dtype=tensor.dtype,
+        shape=tuple(tensor.shape),
+        strides=tensor.stride(),
+        is_contiguous=tensor.is_contiguous(),
+        # Private, but PyTorch's notes on serialization name it for this purpose.
+        storage_start=storage._checkpoint_offset,
+        storage_bytes=storage.nbytes(),
+        storage_offset=tensor.storage_offset(),
+    )
+
+
+def row_blocks(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Yields (start, stop) of blocks of rows that are copied at once; `multiple` rows are not torn apart."""
+    num_columns = math.prod(shape[1:])
+    step = BLOCK_BYTES // (4 * num_columns) // multiple * multiple
+    step = max(step, multiple)
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
+
+
+def same_values(first: StoredTensor, second: StoredTensor) -> bool:
+    if first.shape != second.shape:
         return False
-    equal = torch.equal(embedding, output)
-    release(embedding, output)
-    return equal
+    for start, stop in row_blocks(first.shape):
+        if not torch.equal(first.read_rows(start, stop), second.read_rows(start, stop)):
+            return False
+    return True
 
 
-def check_division(c: LlamaConfig, weights: list[Weight], n: int, remedy: str) -> None:
-    heads, kv = c.num_attention_heads, c.num_key_value_heads
-    uneven = [c.hidden_size % heads, c.head_dim % 2, heads % kv, heads % n, max(n, kv) % min(n, kv)]
-    uneven += [weight.shape[weight.split] % weight.num_parts(n) for weight in weights if weight.split is not None]
-    if any(uneven):
-        raise ValueError(f"{n} shards do not divide {heads} heads, {kv} key/value heads, {c.hidden_size} dimensions, "
-                         f"{c.intermediate_size} feed-forward rows and {c.vocab_size} tokens; {remedy}")  # fmt: skip
+def is_tied(shard: Shard) -> bool:
+    """Whether the output, which is stored, equals the embedding, as in Llama 3.2."""
+    if "tok_embeddings.weight" not in shard or "output.weight" not in shard:
+        return False
+    return same_values(shard["tok_embeddings.weight"], shard["output.weight"])
 
 
-def check_shards(weights: list[Weight], shards: list[dict[str, torch.Tensor]], head_dim: int) -> None:
-    """Every shard has exactly the tensors that params.json makes; those that several shards hold are equal."""
-    n, wrong = len(shards), []
-    expected = {weight.meta: weight.piece_shape(n) for weight in weights}
-    if any("rope.freqs" in shard for shard in shards):
-        expected["rope.freqs"] = [head_dim // 2]
-    for i, shard in enumerate(shards):
-        wrong += [f"{name} is unknown" for name in shard if name not in expected]
-        for name, shape in expected.items():
-            if name not in shard:
-                wrong.append(f"{name} is missing in shard {i}")
-            elif list(shard[name].shape) != shape:
-                made = f"{shape} as params.json and {n} shards make it"
-                wrong.append(f"{name} is {list(shard[name].shape)} in shard {i}, not {made}")
-            elif shard[name].dtype not in CODES or shard[name].dtype != shards[0][name].dtype:
-                wrong.append(f"{name} is {shard[name].dtype} in shard {i}")
-    if wrong:
-        raise ValueError(f"{'; '.join(wrong[:3])} ({len(wrong)} such findings): a shard is missing, damaged "
-                         "or of another model, or params.json is; download again")  # fmt: skip
-    for weight in weights:
-        copies = n // weight.num_parts(n)
-        for i in range(n if copies > 1 else 0):
-            first, other = shards[i // copies * copies][weight.meta], shards[i][weight.meta]
-            if not torch.equal(first, other):
-                raise ValueError(
-                    f"{weight.meta} must be equal in several shards and is not in shard {i}; download again"
-                )
-            release(first, other)
-
-
-def check_hf(args: Arguments) -> Plan:
-    """The plan for a folder in Hugging Face's format, to be written as Meta's.
+def check_shards(weights: list[Weight], shards: list[Shard], head_dim: int) -> None:
+    """Every shard has exactly the tensors that params.json makes; those that several shards hold are equal.
 
     Raises:
-        ValueError, FileNotFoundError: it is no LLaMA, is damaged, or has what Meta's code cannot express.
+        ValueError: the first three findings, and their number.
+    """
+    num_shards = len(shards)
+    shapes = {weight.meta_name: weight.piece_shape(num_shards) for weight in weights}
+    if any("rope.freqs" in shard for shard in shards):
+        shapes["rope.freqs"] = [head_dim // 2]
+    findings = []
+    for i, shard in enumerate(shards):
+        findings += [f"{name} is unknown" for name in shard if name not in shapes]
+        for name, shape in shapes.items():
+            if name not in shard:
+                findings.append(f"{name} is missing in shard {i}")
+                continue
+            tensor = shard[name]
+            if list(tensor.shape) != shape:
+                made = f"{shape} as params.json and {num_shards} shards make it"
+                findings.append(f"{name} is {list(tensor.shape)} in shard {i}, not {made}")
+            elif tensor.dtype not in SAFETENSORS_DTYPES or tensor.dtype != shards[0][name].dtype:
+                findings.append(f"{name} is {tensor.dtype} in shard {i}")
+    if findings:
+        raise ValueError(
+            f"{'; '.join(findings[:3])} ({len(findings)} such findings): a shard is missing, damaged "
+            "or of another model, or params.json is; download again"
+        )
+    for weight in weights:
+        check_copies(weight, shards)
+
+
+def check_copies(weight: Weight, shards: list[Shard]) -> None:
+    num_copies = len(shards) // weight.num_parts(len(shards))
+    if num_copies == 1:
+        return
+    for i, shard in enumerate(shards):
+        first = shards[i // num_copies * num_copies]
+        if not same_values(first[weight.meta_name], shard[weight.meta_name]):
+            remedy = f"must be equal in several shards and is not in shard {i}; download again"
+            raise ValueError(f"{weight.meta_name} {remedy}")
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# What can go wrong is found before anything is written
+# -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MetaLayout:
+    """What Meta's folder holds and no file of a Hugging Face folder shows. The report keeps it for the way back."""
+
+    params: dict
+    num_shards: int = 1
+    output_stored: bool = True
+    vocabulary_parallel: bool = False
+    rope_freqs: dict | None = None  # a table that Meta's code computes anew: dtype and values
+
+
+@dataclass
+class Plan:
+    """What will be converted, from the headers of the files alone."""
+
+    tokenizer: "TokenizerFile | None"
+    config: LlamaConfig | None = None  # what Meta's params.json means, in both directions
+    weights: list[Weight] = field(default_factory=list)  # those to write
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the result, by Meta's names
+    layout: MetaLayout | None = None
+    shards: list[Shard] = field(default_factory=list)  # Meta's, if it is the input
+
+    def num_bytes(self, weight: Weight) -> int:
+        return self.dtypes[weight.meta_name].itemsize * math.prod(weight.shape)
+
+    def total_bytes(self) -> int:
+        return sum(self.num_bytes(weight) for weight in self.weights)
+
+
+def check_arguments(args: Arguments) -> Plan:
+    """Checks all flags and reads the headers of all files.
+
+    Raises:
+        ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
+    """
+    mistakes = find_folder_mistakes(args.input_dir, args.output_dir)
+    if args.dtype not in (*DTYPES, "auto"):
+        mistakes.append(f"--dtype {args.dtype}: must be one of {', '.join(DTYPES)}, auto")
+    if parse_size(args.max_shard_size) < 1:
+        mistakes.append(f"--max_shard_size {args.max_shard_size}: write a size such as 5GB or 500MB")
+    if args.rope_scaling_factor is not None and args.rope_scaling_factor < 1:
+        mistakes.append(f"--rope_scaling_factor {args.rope_scaling_factor}: must be at least 1")
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return make_plan(read_meta_folder, args)
+
+
+def find_folder_mistakes(input_dir: str, output_dir: str) -> list[str]:
+    mistakes = []
+    output = Path(output_dir).resolve()
+    incomplete = incomplete_folder(output_dir)
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        mistakes.append(f"--output_dir {output_dir}: not empty; name another")
+    if incomplete.exists():
+        remedy = f"another conversion runs or was killed; if it was, delete {incomplete}"
+        mistakes.append(f"--output_dir {output_dir}: {remedy}")
+    if not Path(input_dir).is_dir():
+        mistakes.append(f"--input_dir {input_dir}: no such folder")
+    return mistakes
+
+
+def make_plan(read_folder: Callable, args) -> Plan:
+    """The plan that `read_folder` makes from --input_dir, if its result fits the disk of --output_dir.
+
+    Raises:
+        ValueError: one line with the flag, its value and what is wrong with the folder.
+    """
+    try:
+        plan = read_folder(args)
+    except (ValueError, OSError, StrictDataclassError, ZeroDivisionError) as problem:
+        reason = " ".join(str(problem).split())
+        raise ValueError(f"--input_dir {args.input_dir}: {reason}") from None
+    needed = plan.total_bytes() + 2**26
+    free = shutil.disk_usage(incomplete_folder(args.output_dir).parent).free
+    if free < needed:
+        sizes = f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free"
+        raise ValueError(f"--output_dir {args.output_dir}: {sizes} on that disk; name a folder on another")
+    return plan
+
+
+def parse_size(text: str) -> int:
+    """Bytes; 0 if the text is not a size."""
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)", text.strip().upper())
+    if size is None:
+        return 0
+    return int(float(size[1]) * BYTES_OF_UNIT[size[2]])
+
+
+def incomplete_folder(output_dir: str) -> Path:
+    """Where the result grows: beside the folder that will hold it, as far as that path exists."""
+    output = Path(output_dir).resolve()
+    parent = output.parent
+    while not parent.is_dir():
+        parent = parent.parent
+    return parent / f"{output.name}.incomplete"
+
+
+def read_meta_folder(args: Arguments) -> Plan:
+    """The plan for a folder of Meta's.
+
+    Raises:
+        ValueError, FileNotFoundError: a file is missing, damaged or not what params.json says.
     """
     folder = Path(args.input_dir)
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError("it holds an adapter; merge the adapter into its model first")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError("no config.json in it; name the folder of a whole model")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it would ask
-    if config.model_type != "llama":
-        raise ValueError(f"config.json is that of a {config.model_type}; Meta's format is for a llama")
-    former = read_former_meta(folder)
-    for params in (former.get("params"), params_of_config(config)):  # the original ones, if they still hold
-        stated = config_of_params(params, config.vocab_size, config.tie_word_embeddings, None) if params else None
-        differ = [name for name in FIELDS if getattr(stated, name, None) != getattr(config, name)]
-        if not differ:
-            break
-    else:
-        raise ValueError(f"Meta's code cannot compute {differ[0]} = {getattr(config, differ[0])} of config.json")
-    meta = {"num_shards": 1, "output_stored": True}
-    meta["vocabulary_parallel"] = config.tie_word_embeddings or stated.rope_parameters["rope_theta"] == 500000
-    meta |= former | {"params": params}
-    meta["num_shards"] = args.num_shards or meta["num_shards"]
-    weights = list_weights(stated, meta["vocabulary_parallel"])[: None if meta["output_stored"] else -1]
-    check_division(stated, weights, meta["num_shards"], "choose another --num_shards")
+    params = {}
+    if not args.tokenizer_only or (folder / "params.json").is_file():
+        params = read_params(folder)
+    tokenizer = find_tokenizer(folder, params, args.instruct)
+    if args.tokenizer_only:
+        return Plan(tokenizer)
+    if args.rope_scaling_factor and not params.get("use_scaled_rope"):
+        raise ValueError("params.json does not state use_scaled_rope; leave --rope_scaling_factor away")
 
-    tensors, names = hf_tensors(folder), {weight.hf for weight in weights}
-    unknown = {name for name in tensors if name != "lm_head.weight" and "rotary_emb" not in name} - names
-    if wrong := sorted(unknown | (names - tensors.keys())):
-        raise ValueError(f"{wrong[0]} is missing or unknown ({len(wrong)} such weights); convert a whole LLaMA")
+    shards = open_shards(folder)
+    layout = find_layout(params, shards, tokenizer)
+    vocab_size = find_vocab_size(layout, shards, tokenizer)
+    tied = not layout.output_stored or all(is_tied(shard) for shard in shards)
+    dtype = shards[0]["tok_embeddings.weight"].dtype
+    config = config_of_params(params, vocab_size, tied, args.rope_scaling_factor, dtype)
+    weights = list_weights(config, layout.vocabulary_parallel, layout.output_stored)
+    check_division(config, weights, len(shards), "a shard is missing, or params.json is of another model")
+    check_shards(weights, shards, config.head_dim)
+    if "rope.freqs" in shards[0]:
+        freqs = shards[0]["rope.freqs"]
+        layout.rope_freqs = {"dtype": name_of_dtype(freqs.dtype), "values": freqs.read().tolist()}
+    warn_of_early_llama2(config, dtype)
+
     dtypes = {}
     for weight in weights:
-        with safe_open(tensors[weight.hf], framework="pt") as file:
-            part = file.get_slice(weight.hf)
-            shape, dtype = part.get_shape(), part[:1].dtype
-        if tuple(shape) != weight.shape:
-            raise ValueError(f"{weight.hf} is {shape}, not {list(weight.shape)} as config.json makes it")
-        if dtype not in CODES:
-            raise ValueError(f"{weight.hf} is {dtype}; quantized weights are not converted")
-        dtypes[weight.meta] = DTYPES.get(args.dtype, dtype)
-    tokenizer, path = None, folder / "tokenizer.model"
-    if path.is_file():
-        tokenizer = read_tokenizer(path, stated.rope_parameters["rope_type"] == "llama3", instruct=False)
-        check_ids(config, tokenizer)
-        if tokenizer.size != config.vocab_size:
-            sizes = f"{tokenizer.size} tokens, the embedding {config.vocab_size}"
-            raise ValueError(f"{path} has {sizes}: tokens that were added have no place in Meta's format")
-    return Plan(tokenizer, stated, weights, dtypes, None, meta)
+        dtypes[weight.meta_name] = DTYPES.get(args.dtype, shards[0][weight.meta_name].dtype)
+    config.dtype = name_of_dtype(dtypes["tok_embeddings.weight"])
+    for name, value in tokenizer.ids().items():
+        setattr(config, name, value)
+    if layout.output_stored and tied:
+        weights.pop()  # it is equal to the embedding, which is written
+    return Plan(tokenizer, config, weights, dtypes, layout, shards)
 
 
-def read_former_meta(folder: Path) -> dict:
-    """What Meta's folder had, if this one was made from it."""
-    path = folder / "conversion_report.json"
-    if not path.is_file():
-        return {}
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))["meta"]
-        complete = not meta or isinstance(meta["params"], dict) and type(meta["num_shards"]) is int
-    except (ValueError, TypeError, KeyError):
-        complete = False
-    if not complete:
-        raise ValueError("conversion_report.json is damaged; delete it, and state --num_shards")
-    return meta
+def find_layout(params: dict, shards: list[Shard], tokenizer: "TokenizerFile") -> MetaLayout:
+    embedding = shards[0].get("tok_embeddings.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ValueError("tok_embeddings.weight is missing in shard 0, or is not a matrix; download it again")
+    # One shard does not show how it would be divided: as Llama 3 is, if it has its tokenizer.
+    vocabulary_parallel = tokenizer.kind == "tiktoken"
+    if len(shards) > 1:
+        vocabulary_parallel = embedding.shape[1] == params["dim"]
+    layout = MetaLayout(params, len(shards), vocabulary_parallel=vocabulary_parallel)
+    layout.output_stored = any("output.weight" in shard for shard in shards)
+    return layout
 
 
-def hf_tensors(folder: Path) -> dict[str, Path]:
-    """The file of each tensor, from the files that transformers would load."""
-    paths, tensors, index = [folder / "model.safetensors"], {}, folder / "model.safetensors.index.json"
-    if not paths[0].is_file():
-        if not index.is_file():
-            raise FileNotFoundError("no model.safetensors in it; save the model in that format first")
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise ValueError(f"{index.name} is damaged; save the model again") from None
-        paths = [folder / name for name in sorted(set(names))]
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors |= dict.fromkeys(file.keys(), path)
-        except SafetensorError as problem:
-            raise ValueError(f"{path.name} is truncated or damaged ({problem})") from None
-    return tensors
+def find_vocab_size(layout: MetaLayout, shards: list[Shard], tokenizer: "TokenizerFile") -> int:
+    """Tokens of the embedding, which must be those of the tokenizer."""
+    vocab_size = layout.params.get("vocab_size") or -1
+    if vocab_size < 0:  # LLaMA 1 and 2 leave it to the tokenizer
+        vocab_size = shards[0]["tok_embeddings.weight"].shape[0]
+        if layout.vocabulary_parallel:
+            vocab_size *= len(shards)
+    if tokenizer.size != vocab_size:
+        sizes = f"{tokenizer.size} tokens, the embedding {vocab_size}"
+        raise ValueError(f"{tokenizer.path} has {sizes}; they do not belong together")
+    return vocab_size
+
+
+def warn_of_early_llama2(config: LlamaConfig, dtype: torch.dtype) -> None:
+    """An early download of Llama 2 7B has the epsilon of LLaMA 1 (github.com/meta-llama/llama/issues/771)."""
+    if dtype == torch.bfloat16 and config.rms_norm_eps < 1e-5:
+        remedy = "Llama 2 was trained with 1e-05, and Meta corrected an early params.json that says otherwise"
+        print(f"warning: params.json states norm_eps {config.rms_norm_eps}: {remedy}", file=sys.stderr)
+
+
+def name_of_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -525,147 +695,158 @@ def one_thread():
         torch.set_num_threads(num_threads)
 
 
-def row_blocks(num_rows: int, num_columns: int, multiple: int) -> list[slice]:
-    step = max(BLOCK_BYTES // (4 * num_columns) // multiple, 1) * multiple
-    return [slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step)]
-
-
-def release(*tensors: torch.Tensor) -> None:
-    """Drops the pages of tensors that torch.load mapped, else they count as used memory until the file is closed.
-
-    Only for those: the pages of a private, unchanged mapping are read again from the file when they are needed.
-    """
-    for tensor in tensors:
-        advise(tensor, 4)  # MADV_DONTNEED
-
-
-def fetch_pages(tensor: torch.Tensor) -> None:
-    """Maps all pages at once: one by one, when they are first read, takes as long as copying them."""
-    advise(tensor, 22)  # MADV_POPULATE_READ; kernels before 5.14 do not know it and do nothing
-
-
-def advise(tensor: torch.Tensor, advice: int) -> None:
-    """Linux' madvise on the whole pages within the tensor's part of its storage."""
-    storage = tensor.untyped_storage()
-    end = min(tensor.data_ptr() + tensor.nbytes, storage.data_ptr() + storage.nbytes())
-    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = (end - first) // mmap.PAGESIZE * mmap.PAGESIZE
-    if size > 0 and sys.platform == "linux":
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice)
-
-
-def joined_rows(weight: Weight, shards: list[dict[str, torch.Tensor]], head_dim: int):
+def joined_rows(weight: Weight, shards: list[Shard], head_dim: int) -> Iterator[torch.Tensor]:
     """Yields the rows of Hugging Face's tensor, in order, from Meta's pieces."""
-    pieces, parts = [shard[weight.meta] for shard in shards], weight.num_parts(len(shards))
-    groups = [pieces] if weight.split == 1 else [[piece] for piece in pieces[:: len(pieces) // parts]]
+    pieces = [shard[weight.meta_name] for shard in shards]
+    if weight.split_dim == 1:
+        groups = [pieces]  # they lie side by side
+    else:
+        num_copies = len(pieces) // weight.num_parts(len(shards))
+        groups = [[piece] for piece in pieces[::num_copies]]  # one below the other
     for group in groups:
-        for rows in row_blocks(len(group[0]), math.prod(weight.shape[1:]), head_dim):
-            blocks = [piece[rows] for piece in group]
-            for block in blocks:
-                fetch_pages(block)
-            block = torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]
-            if weight.rotary:
-                block = block.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-            yield block
-        release(*group)
+        for start, stop in row_blocks(group[0].shape, head_dim):
+            blocks = [piece.read_rows(start, stop) for piece in group]
+            rows = blocks[0]
+            if len(blocks) > 1:
+                rows = torch.cat(blocks, dim=1)
+            if weight.is_rotary:
+                rows = to_hf_order(rows, head_dim)
+            yield rows
 
 
-def divided_rows(weight: Weight, tensors: dict[str, Path], head_dim: int, num_shards: int):
-    """Yields (shard, first row, rows) of all of Meta's pieces from Hugging Face's tensor."""
-    size, copies = weight.piece_shape(num_shards)[0], num_shards // weight.num_parts(num_shards)
-    # The file is opened for each tensor anew, for it keeps in memory what was read until it is closed.
-    with safe_open(tensors[weight.hf], framework="pt") as file:
-        whole = file.get_slice(weight.hf)
-        for rows in row_blocks(size, math.prod(weight.shape[1:]), head_dim):
-            columns = whole[rows].chunk(num_shards, 1) if weight.split == 1 else None
+def divided_rows(
+    weight: Weight, files: dict[str, Path], head_dim: int, num_shards: int
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yields (shard, first row in its piece, rows) of all of Meta's pieces from Hugging Face's tensor."""
+    piece_shape = weight.piece_shape(num_shards)
+    num_copies = num_shards // weight.num_parts(num_shards)
+    # The file is opened for each tensor anew: it keeps in memory what was read until it is closed.
+    with safe_open(files[weight.hf_name], framework="pt") as file:
+        tensor = file.get_slice(weight.hf_name)
+        for start, stop in row_blocks(piece_shape, head_dim):
+            if weight.split_dim == 1:
+                for i, rows in enumerate(tensor[start:stop].chunk(num_shards, dim=1)):
+                    yield i, start, rows
+                continue
             for i in range(num_shards):
-                first = i // copies * size if weight.split == 0 else 0
-                block = columns[i] if columns else whole[first + rows.start : first + rows.stop]
-                if weight.rotary:
-                    block = block.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
-                yield i, rows.start, block
+                first_row = 0
+                if weight.split_dim == 0:
+                    first_row = i // num_copies * piece_shape[0]
+                rows = tensor[first_row + start : first_row + stop]
+                if weight.is_rotary:
+                    rows = to_meta_order(rows, head_dim)
+                yield i, start, rows
 
 
 def as_bytes(rows: torch.Tensor, dtype: torch.dtype, name: str):
     """The bytes of the rows in `dtype`; a value that overflows there is an error, not an infinity in the result."""
-    if rows.dtype != dtype and not (rows := rows.to(dtype)).isfinite().all():
-        raise ValueError(f"{name} has values that {dtype} cannot hold; choose another --dtype")
+    if rows.dtype != dtype:
+        rows = rows.to(dtype)
+        if not rows.isfinite().all():
+            raise ValueError(f"{name} has values that {dtype} cannot hold; choose another --dtype")
     return rows.contiguous().flatten().view(torch.uint8).numpy()
 
 
-def write_hf(plan: Plan, folder: Path, max_shard_size: int, progress: tqdm) -> None:
-    """The safetensors format: length of the header in 8 bytes, the header in JSON, the tensors' bytes."""
-    files, size = [[]], 0
-    for weight in plan.weights:
-        if files[-1] and size + plan.num_bytes(weight) > max_shard_size:
-            files, size = [*files, []], 0
-        files[-1].append(weight)
-        size += plan.num_bytes(weight)
-    index = {"metadata": {"total_size": sum(map(plan.num_bytes, plan.weights))}, "weight_map": {}}
-    for number, weights in enumerate(files, 1):
-        name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        header, end = {"__metadata__": {"format": "pt"}}, 0
-        for weight in weights:
-            offsets = [end, end := end + plan.num_bytes(weight)]
-            header[weight.hf] = {
-                "dtype": CODES[plan.dtypes[weight.meta]],
-                "shape": weight.shape,
-                "data_offsets": offsets,
-            }
-            index["weight_map"][weight.hf] = name
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with open(folder / name, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+def write_hf(plan: Plan, folder: Path, max_shard_size: int) -> None:
+    """Writes weights, configuration and generation configuration."""
+    files = divide_into_files(plan, max_shard_size)
+    weight_map = {}
+    with one_thread(), tqdm(total=plan.total_bytes(), desc="writing", unit="B", unit_scale=True) as progress:
+        for number, weights in enumerate(files, start=1):
+            name = "model.safetensors"
+            if len(files) > 1:
+                name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            write_safetensors(plan, weights, folder / name, progress)
             for weight in weights:
-                for rows in joined_rows(weight, plan.shards, plan.config.head_dim):
-                    progress.update(file.write(as_bytes(rows, plan.dtypes[weight.meta], weight.meta)))
+                weight_map[weight.hf_name] = name
     if len(files) > 1:
+        index = {"metadata": {"total_size": plan.total_bytes()}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     plan.config.save_pretrained(folder)
     GenerationConfig(**plan.tokenizer.ids()).save_pretrained(folder)
 
 
-def write_meta(plan: Plan, source: Path, folder: Path, progress: tqdm) -> None:
-    """torch.save lays every shard out with tensors that have no memory; then their bytes are filled in."""
-    n, tensors, freqs = plan.meta["num_shards"], hf_tensors(source), plan.meta.get("rope_freqs")
-    paths = [folder / f"consolidated.{i:02d}.pth" for i in range(n)]
-    with FakeTensorMode():
-        shard = {w.meta: torch.empty(w.piece_shape(n), dtype=plan.dtypes[w.meta]) for w in plan.weights}
-        if freqs:
-            shard["rope.freqs"] = torch.empty(len(freqs["values"]), dtype=DTYPES[freqs["dtype"]])
-        for path in paths:
-            try:
-                with torch.serialization.skip_data(materialize_fake_tensors=True):
-                    torch.save(shard, path)
-            except RuntimeError as problem:
-                raise OSError(f"{path.name} cannot be written: {str(problem).splitlines()[0]}") from None
-        loaded = torch.load(paths[0], weights_only=True)
-        offsets = {name: tensor.untyped_storage()._checkpoint_offset for name, tensor in loaded.items()}
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(path, "r+b")) for path in paths]
-        for weight in plan.weights:
-            dtype = plan.dtypes[weight.meta]
-            row = math.prod(weight.piece_shape(n)[1:]) * dtype.itemsize
-            for i, first, rows in divided_rows(weight, tensors, plan.config.head_dim, n):
-                files[i].seek(offsets[weight.meta] + first * row)
-                progress.update(files[i].write(as_bytes(rows, dtype, weight.hf)))
-        for file in files if freqs else ():
-            file.seek(offsets["rope.freqs"])
-            file.write(as_bytes(torch.tensor(freqs["values"]), DTYPES[freqs["dtype"]], "rope.freqs"))
-    (folder / "params.json").write_text(json.dumps(plan.meta["params"]))
-    if plan.tokenizer:
-        shutil.copyfile(plan.tokenizer.path, folder / "tokenizer.model")
+def divide_into_files(plan: Plan, max_shard_size: int) -> list[list[Weight]]:
+    files = [[]]
+    size = 0
+    for weight in plan.weights:
+        if files[-1] and size + plan.num_bytes(weight) > max_shard_size:
+            files.append([])
+            size = 0
+        files[-1].append(weight)
+        size += plan.num_bytes(weight)
+    return files
+
+
+def write_safetensors(plan: Plan, weights: list[Weight], path: Path, progress: tqdm) -> None:
+    """The safetensors format: length of the header in 8 bytes, the header in JSON, the tensors' bytes."""
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for weight in weights:
+        start = end
+        end += plan.num_bytes(weight)
+        header[weight.hf_name] = {
+            "dtype": SAFETENSORS_DTYPES[plan.dtypes[weight.meta_name]],
+            "shape": weight.shape,
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8 bytes
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for weight in weights:
+            dtype = plan.dtypes[weight.meta_name]
+            for rows in joined_rows(weight, plan.shards, plan.config.head_dim):
+                progress.update(file.write(as_bytes(rows, dtype, weight.meta_name)))
+
+
+def find_hf_tensors(folder: Path) -> dict[str, Path]:
+    """The file of each tensor, from the files that transformers would load.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, truncated or damaged.
+    """
+    paths = [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not paths[0].is_file():
+        if not index.is_file():
+            raise FileNotFoundError("no model.safetensors in it; save the model in that format first")
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{index.name} is damaged; save the model again") from None
+        paths = [folder / name for name in sorted(set(names))]
+    files = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                files.update(dict.fromkeys(file.keys(), path))
+        except SafetensorError as problem:
+            raise ValueError(f"{path.name} is truncated or damaged ({problem})") from None
+    return files
 
 
 # -------------------------------------------------------------------------------------------------------------------
 # Tokenizer: SentencePiece's file (LLaMA 1 and 2) or one in tiktoken's format (Llama 3)
 # -------------------------------------------------------------------------------------------------------------------
 
-# How Llama 3 cuts a text into words.
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-SPLIT += r"|\s+(?!\S)|\s+"
-CHAT_TEMPLATE = (  # Meta's ChatFormat of llama-models, for text
+# How Llama 3 cuts a text into words (llama-models, models/llama3/tokenizer.py).
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+NUM_SPECIAL_TOKENS = 256  # of Llama 3
+# Llama 3's special tokens that have a name, by their place behind the ranks. The others are called reserved.
+LLAMA3_NAMES = {
+    0: "begin_of_text",
+    1: "end_of_text",
+    6: "start_header_id",
+    7: "end_header_id",
+    9: "eot_id",
+}
+LLAMA31_NAMES = LLAMA3_NAMES | {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
+# Meta's ChatFormat (llama-models, models/llama3/chat_format.py), for text.
+CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% set role = message['role'] %}"
     "{{ '<|start_header_id|>' + ('ipython' if role == 'tool' else role) + '<|end_header_id|>\n\n' }}"
     "{{ (message['content'] | trim) + '<|eot_id|>' }}{% endfor %}"
@@ -678,21 +859,24 @@ class TokenizerFile:
     """What tokenizer.model says, the fast tokenizer that equals it, and its own way to encode."""
 
     path: Path
-    kind: str
+    kind: str  # sentencepiece | tiktoken
     size: int
     tokenizer: Tokenizer
-    encode: object
+    encode: Callable[[str], list[int]]  # not by the fast tokenizer
     names: dict[str, str]  # bos_token, eos_token and perhaps unk_token and pad_token
-    stops: list[str]  # tokens that end an answer
-    whole: list[str] = field(default_factory=list)  # pieces that SentencePiece never cuts
+    stop_tokens: list[str]  # those that end an answer
+    whole_pieces: list[str] = field(default_factory=list)  # pieces that SentencePiece never cuts
     chat_template: str | None = None
 
     def ids(self) -> dict:
         """As configurations have them: eos_token_id is a list where several tokens end an answer."""
-        stops = [self.id_of(token) for token in self.stops]
+        stop_ids = [self.id_of(token) for token in self.stop_tokens]
+        eos_token_id = stop_ids
+        if len(stop_ids) == 1:
+            eos_token_id = stop_ids[0]
         return {
             "bos_token_id": self.id_of(self.names["bos_token"]),
-            "eos_token_id": stops if len(stops) > 1 else stops[0],
+            "eos_token_id": eos_token_id,
             "pad_token_id": self.id_of(self.names.get("pad_token", "")),
         }
 
@@ -700,105 +884,233 @@ class TokenizerFile:
         return self.tokenizer.token_to_id(token)
 
 
-def read_tokenizer(path: Path, newer: bool, instruct: bool) -> TokenizerFile:
-    """Args: newer: special tokens of Llama 3.1 and later, not 3; instruct: with chat template and its stop tokens."""
-    content, model = path.read_bytes(), sentencepiece_model_pb2.ModelProto()
+def find_tokenizer(folder: Path, params: dict, instruct: bool | None) -> TokenizerFile:
+    """The tokenizer of Meta's folder; LLaMA 1 and 2 are downloaded with one file beside all models' folders."""
+    path = folder / "tokenizer.model"
+    if not path.is_file():
+        path = folder.resolve().parent / "tokenizer.model"
+    if not path.is_file():
+        raise FileNotFoundError("no tokenizer.model in it or beside it; Meta's download has one, copy it there")
+    # Llama 3 and its successors have the same tokenizer.model; what its special tokens are called depends on which.
+    is_llama31 = not params or bool(params.get("use_scaled_rope"))
+    is_instruct = instruct
+    if instruct is None:
+        is_instruct = is_instruct_name(folder)
+    tokenizer = read_tokenizer(path, is_llama31, is_instruct)
+    if instruct and tokenizer.kind != "tiktoken":
+        raise ValueError("only Llama 3 and its successors have a chat template here; leave --instruct away")
+    return tokenizer
+
+
+def is_instruct_name(folder: Path) -> bool:
+    """Nothing in the files tells an Instruct model from a base model, but the name that its download has."""
+    names = [*folder.absolute().parts[-2:], *folder.resolve().parts[-2:]]
+    for part in folder.absolute().parts:
+        if part.startswith("models--"):  # the hub's cache
+            names.append(part)
+    return any("instruct" in name.lower() for name in names)
+
+
+def read_tokenizer(path: Path, is_llama31: bool, is_instruct: bool) -> TokenizerFile:
+    """Reads either format.
+
+    Args:
+        is_llama31: special tokens are called as in Llama 3.1 and later, not as in 3.
+        is_instruct: with chat template and its stop tokens (Llama 3).
+
+    Raises:
+        ValueError: the file is damaged, or not the tokenizer of a LLaMA.
+    """
+    content = path.read_bytes()
     try:
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
-            return read_tiktoken(path, content, newer, instruct)
-        model.ParseFromString(content)
-        return read_sentencepiece(path, model, sentencepiece.SentencePieceProcessor(model_proto=content))
+            return read_tiktoken(path, content, is_llama31, is_instruct)
+        return read_sentencepiece(path, content)
     except Exception as problem:  # protobuf's errors have no common class
         reason = str(problem).splitlines()[0]
-        raise ValueError(f"{path} is no tokenizer of a LLaMA or is damaged ({reason}); download it again") from None
+        cause = f"is not the tokenizer of a LLaMA or is damaged ({reason})"
+        raise ValueError(f"{path} {cause}; download it again") from None
 
 
-def read_sentencepiece(path: Path, model, reader) -> TokenizerFile:
+def read_sentencepiece(path: Path, content: bytes) -> TokenizerFile:
     """transformers' LlamaTokenizer is not used: version 5 drops one of two leading spaces, and the BOS."""
-    rules, kinds = model.normalizer_spec, model.SentencePiece
-    changed = rules.precompiled_charsmap or rules.remove_extra_whitespaces or not rules.add_dummy_prefix
-    if changed or model.trainer_spec.model_type != model.trainer_spec.BPE or not model.trainer_spec.byte_fallback:
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(content)
+    reader = sentencepiece.SentencePieceProcessor(model_proto=content)
+    rules = model.normalizer_spec
+    changes_text = rules.precompiled_charsmap or rules.remove_extra_whitespaces or not rules.add_dummy_prefix
+    is_bpe = model.trainer_spec.model_type == model.trainer_spec.BPE
+    if changes_text or not is_bpe or not model.trainer_spec.byte_fallback:
         raise ValueError("LLaMA's is a BPE with byte fallback that leaves the text as it is")
-    ids = {"bos_token": reader.bos_id(), "eos_token": reader.eos_id()}
-    ids |= {"unk_token": reader.unk_id(), "pad_token": reader.pad_id()}
-    names = {name: reader.id_to_piece(i) for name, i in ids.items() if i >= 0}
-    vocabulary = {piece.piece: i for i, piece in enumerate(model.pieces)}
-    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == kinds.NORMAL}
-    whole = [piece.piece for piece in model.pieces if piece.type == kinds.USER_DEFINED]
-    special = [piece.piece for piece in model.pieces if piece.type in (kinds.UNKNOWN, kinds.CONTROL)]
 
+    ids = {
+        "bos_token": reader.bos_id(),
+        "eos_token": reader.eos_id(),
+        "unk_token": reader.unk_id(),
+        "pad_token": reader.pad_id(),
+    }
+    names = {name: reader.id_to_piece(i) for name, i in ids.items() if i >= 0}
+    types = model.SentencePiece
+    scores = {}
+    whole = []
+    special = []
+    for piece in model.pieces:
+        if piece.type == types.NORMAL:
+            scores[piece.piece] = piece.score
+        elif piece.type == types.USER_DEFINED:
+            whole.append(piece.piece)
+        elif piece.type in (types.UNKNOWN, types.CONTROL):
+            special.append(piece.piece)
     bpe = models.BPE(
-        vocabulary,
-        find_merges(sorted(scores, key=lambda piece: -scores[piece])),
+        {piece.piece: i for i, piece in enumerate(model.pieces)},
+        find_merges(sorted(scores, key=scores.get, reverse=True)),
         unk_token=names["unk_token"],
         fuse_unk=True,
         byte_fallback=True,
         ignore_merges=bool(whole),
     )
+    return TokenizerFile(
+        path,
+        kind="sentencepiece",
+        size=len(model.pieces),
+        tokenizer=make_sentencepiece_tokenizer(bpe, whole, special, names["bos_token"]),
+        encode=reader.encode,
+        names=names,
+        stop_tokens=[names["eos_token"]],
+        whole_pieces=whole,
+    )
+
+
+def make_sentencepiece_tokenizer(bpe: models.BPE, whole: list[str], special: list[str], bos: str) -> Tokenizer:
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     if whole:
-        longest_first = "|".join(map(re.escape, sorted(whole, key=len, reverse=True)))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), "isolated")
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    add_special_tokens(tokenizer, special, names["bos_token"])
-    stops = [names["eos_token"]]
-    return TokenizerFile(path, "sentencepiece", len(vocabulary), tokenizer, reader.encode, names, stops, whole)
+        longest_first = sorted(whole, key=len, reverse=True)
+        pattern = "|".join(re.escape(piece) for piece in longest_first)
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    add_special_tokens(tokenizer, special, bos)
+    return tokenizer
 
 
-def read_tiktoken(path: Path, content: bytes, newer: bool, instruct: bool) -> TokenizerFile:
-    """Each line has a token in base64 and its rank; 256 special tokens follow that only Meta's code names."""
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
-    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([i]) not in ranks for i in range(256)):
+def read_tiktoken(path: Path, content: bytes, is_llama31: bool, is_instruct: bool) -> TokenizerFile:
+    """Each line has a token in base64 and its rank; special tokens follow that only Meta's code names."""
+    ranks = {}
+    for line in content.splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token)] = int(rank)
+    has_all_ranks = sorted(ranks.values()) == list(range(len(ranks)))
+    has_all_bytes = all(bytes([i]) in ranks for i in range(256))
+    if not has_all_ranks or not has_all_bytes:
         raise ValueError("it lacks ranks or bytes")
-    named = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
-    named |= {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"} if newer else {}
-    reserved = itertools.count()
-    special = [f"<|{named[i] if i in named else f'reserved_special_token_{next(reserved)}'}|>" for i in range(256)]
-    # Byte-level tokenizers write each byte as a printable letter, after GPT-2's table.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = sorted({*range(256)} - {*printable})
-    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-    pieces = ["".join(letters[byte] for byte in token) for token in sorted(ranks, key=ranks.get)]
+
+    special = name_special_tokens(LLAMA31_NAMES if is_llama31 else LLAMA3_NAMES)
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    stop_tokens = ["<|end_of_text|>"]
+    if is_llama31:
+        names["pad_token"] = "<|finetune_right_pad_id|>"
+    chat_template = None
+    if is_instruct:
+        chat_template = CHAT_TEMPLATE
+        # A turn ends with eot_id; one that calls a tool with eom_id.
+        names["eos_token"] = "<|eot_id|>"
+        if is_llama31:
+            stop_tokens.append("<|eom_id|>")
+        stop_tokens.append("<|eot_id|>")
+    return TokenizerFile(
+        path,
+        kind="tiktoken",
+        size=len(ranks) + len(special),
+        tokenizer=make_tiktoken_tokenizer(ranks, special),
+        encode=lambda text: encode_by_ranks(text, ranks),
+        names=names,
+        stop_tokens=stop_tokens,
+        chat_template=chat_template,
+    )
+
+
+def name_special_tokens(names: dict[int, str]) -> list[str]:
+    special = []
+    num_reserved = 0
+    for i in range(NUM_SPECIAL_TOKENS):
+        name = names.get(i)
+        if name is None:
+            name = f"reserved_special_token_{num_reserved}"
+            num_reserved += 1
+        special.append(f"<|{name}|>")
+    return special
+
+
+def make_tiktoken_tokenizer(ranks: dict[bytes, int], special: list[str]) -> Tokenizer:
+    letters = byte_letters()
+    pieces = []
+    for token in sorted(ranks, key=ranks.get):
+        pieces.append("".join(letters[byte] for byte in token))
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
     # tiktoken takes a word that is a token as it is, whether merges lead to it or not.
-    bpe = models.BPE({piece: i for i, piece in enumerate(pieces)}, find_merges(pieces), ignore_merges=True)
-    tokenizer, bytewise = Tokenizer(bpe), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), bytewise])
+    tokenizer = Tokenizer(models.BPE(vocabulary, find_merges(pieces), ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated")
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytewise])
     tokenizer.decoder = decoders.ByteLevel()
     add_special_tokens(tokenizer, special, special[0])
-    # A turn ends with eot_id; one that calls a tool with eom_id.
-    names = {"bos_token": special[0], "eos_token": "<|eot_id|>" if instruct else special[1]}
-    names |= {"pad_token": "<|finetune_right_pad_id|>"} if newer else {}
-    stops = [special[1], *(["<|eom_id|>"] if newer else []), "<|eot_id|>"] if instruct else [special[1]]
-    encode, template = lambda text: encode_by_ranks(text, ranks), CHAT_TEMPLATE if instruct else None
-    return TokenizerFile(path, "tiktoken", len(ranks) + 256, tokenizer, encode, names, stops, [], template)
+    return tokenizer
+
+
+def byte_letters() -> dict[int, str]:
+    """Byte-level tokenizers write each byte as a printable letter, after GPT-2's table."""
+    letters = {}
+    for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]:
+        letters[byte] = chr(byte)
+    num_others = 0
+    for byte in range(256):
+        if byte not in letters:
+            letters[byte] = chr(256 + num_others)
+            num_others += 1
+    return letters
 
 
 def find_merges(pieces: list[str]) -> list[tuple[str, str]]:
     """Both formats rank merged pieces, not merges: every way to make a piece out of two has the piece's rank."""
-    known, merges = set(pieces), []
+    known = set(pieces)
+    merges = []
     for piece in pieces:
-        cuts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
-        merges += [(left, right) for left, right in cuts if left in known and right in known]
+        for i in range(1, len(piece)):
+            left = piece[:i]
+            right = piece[i:]
+            if left in known and right in known:
+                merges.append((left, right))
     return merges
 
 
 def add_special_tokens(tokenizer: Tokenizer, tokens: list[str], bos: str) -> None:
+    """Adds them, and the BOS in front of every text."""
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
-    single, special = f"{bos}:0 $A:0", [(bos, tokenizer.token_to_id(bos))]
-    pair = f"{single} {bos}:1 $B:1"
-    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos}:0 $A:0",
+        pair=f"{bos}:0 $A:0 {bos}:1 $B:1",
+        special_tokens=[(bos, tokenizer.token_to_id(bos))],
+    )
 
 
 def encode_by_ranks(text: str, ranks: dict[bytes, int]) -> list[int]:
     """tiktoken's algorithm: of all neighbours in a word, join those whose union has the lowest rank, until none has."""
     # Python's \s also has the separators \x1c to \x1f, which tiktoken's has not.
-    split, ids = SPLIT.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}"), []
-    for word in regex.findall(split, text):
-        parts = [word.encode()] if word.encode() in ranks else [bytes([byte]) for byte in word.encode()]
+    pattern = SPLIT_PATTERN.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
+    ids = []
+    for word in regex.findall(pattern, text):
+        word = word.encode()
+        if word in ranks:
+            ids.append(ranks[word])
+            continue
+        parts = [bytes([byte]) for byte in word]
         while len(parts) > 1:
-            rank, i = min((ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
+            candidates = []
+            for i, (left, right) in enumerate(itertools.pairwise(parts)):
+                candidates.append((ranks.get(left + right, math.inf), i))
+            rank, i = min(candidates)
             if rank == math.inf:
                 break
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
@@ -812,7 +1124,7 @@ def write_tokenizer(plan: Plan, folder: Path) -> dict:
     Raises:
         ValueError: a text has other ids, or the ids of BOS, EOS and PAD are not the same everywhere.
     """
-    source, ids = plan.tokenizer, plan.tokenizer.ids()
+    source = plan.tokenizer
     source.tokenizer.save(str(folder / "tokenizer.json"))
     shutil.copyfile(source.path, folder / "tokenizer.model")  # for the way back
     settings = {
@@ -825,21 +1137,35 @@ def write_tokenizer(plan: Plan, folder: Path) -> dict:
         settings["chat_template"] = source.chat_template
     if plan.config:
         settings["model_max_length"] = plan.config.max_position_embeddings
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
-    written, texts = AutoTokenizer.from_pretrained(folder), sample_texts(source.whole)
-    for text in texts:
-        found, expected = written(text).input_ids, [ids["bos_token_id"], *source.encode(text)]
-        if found != expected:
-            raise ValueError(f"the tokenizer gives {text!r} the ids {found}, and {source.path} {expected}")
-    expected = {"bos": ids["bos_token_id"], "eos": source.id_of(source.names["eos_token"]), "pad": ids["pad_token_id"]}
-    found = {"bos": written.bos_token_id, "eos": written.eos_token_id, "pad": written.pad_token_id}
-    if found != expected:
-        raise ValueError(f"the tokenizer as written has the ids {found}, and {source.path} {expected}")
+    num_texts = compare_tokenizer(source, folder)
     if plan.config:
         check_ids(AutoConfig.from_pretrained(folder), source)
         check_ids(GenerationConfig.from_pretrained(folder), source)
-    return {"kind": source.kind, "size": source.size, **ids, "texts_with_equal_ids": len(texts)}
+    return {"kind": source.kind, "size": source.size, **source.ids(), "texts_with_equal_ids": num_texts}
+
+
+def compare_tokenizer(source: TokenizerFile, folder: Path) -> int:
+    """Compares the tokenizer in `folder` with Meta's file; returns the number of texts."""
+    written = AutoTokenizer.from_pretrained(folder)
+    ids = source.ids()
+    texts = sample_texts(source.whole_pieces)
+    for text in texts:
+        found = written(text).input_ids
+        expected = [ids["bos_token_id"], *source.encode(text)]
+        if found != expected:
+            raise ValueError(f"the tokenizer gives {text!r} the ids {found}, and {source.path} {expected}")
+    found = {"bos": written.bos_token_id, "eos": written.eos_token_id, "pad": written.pad_token_id}
+    expected = {
+        "bos": ids["bos_token_id"],
+        "eos": source.id_of(source.names["eos_token"]),
+        "pad": ids["pad_token_id"],
+    }
+    if found != expected:
+        raise ValueError(f"the tokenizer as written has the ids {found}, and {source.path} {expected}")
+    return len(texts)
 
 
 def sample_texts(pieces: list[str]) -> list[str]:
@@ -851,16 +1177,20 @@ def sample_texts(pieces: list[str]) -> list[str]:
     for _ in range(500):
         texts.append("".join(dice.choices(letters, k=dice.randint(1, 40))))
     for _ in range(100):
-        texts.append("".join(chr(dice.randint(1, 0xD7FF)) for _ in range(dice.randint(1, 10))))
+        num_letters = dice.randint(1, 10)
+        texts.append("".join(chr(dice.randint(1, 0xD7FF)) for _ in range(num_letters)))
     return texts
 
 
 def check_ids(config, source: TokenizerFile) -> None:
     """Compares the ids of a configuration with those of tokenizer.model; fine-tuning may have chosen a pad token."""
+    stop_ids = config.eos_token_id
+    if not isinstance(stop_ids, list):
+        stop_ids = [stop_ids]
+    stop_tokens = {source.tokenizer.id_to_token(i) for i in stop_ids}
+    known = {source.names["eos_token"], "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"}
     ids = source.ids()
-    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    known = [source.names["eos_token"], "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]
-    if not {source.tokenizer.id_to_token(i) for i in stops} <= {*known} or config.bos_token_id != ids["bos_token_id"]:
+    if not stop_tokens <= known or config.bos_token_id != ids["bos_token_id"]:
         found = f"BOS {config.bos_token_id} and EOS {config.eos_token_id}"
         raise ValueError(f"the configuration has {found}, {source.path} {ids}; they do not belong together")
 
@@ -870,28 +1200,52 @@ def check_ids(config, source: TokenizerFile) -> None:
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def verify(plan: Plan, shards: list[dict[str, torch.Tensor]], folder: Path) -> dict:
+def verify(plan: Plan, shards: list[Shard], folder: Path) -> dict:
     """Compares Meta's `shards` with the Hugging Face model in `folder`: every value, and the states of a forward.
 
     Raises:
         ValueError: they disagree; the first weight or layer that does is named.
     """
-    tensors, config, dtypes = hf_tensors(folder), AutoConfig.from_pretrained(folder), plan.dtypes
+    compare_values(plan, shards, folder)
+    return {"tensors_with_equal_values": len(plan.weights)} | compare_states(plan, shards, folder)
+
+
+def compare_values(plan: Plan, shards: list[Shard], folder: Path) -> None:
+    files = find_hf_tensors(folder)
     with one_thread():
         for weight in tqdm(plan.weights, desc="comparing values", unit="tensor"):
-            compare_values(weight, shards, divided_rows(weight, tensors, plan.config.head_dim, len(shards)), dtypes)
+            name = weight.meta_name
+            dtype = plan.dtypes[name]
+            for i, start, rows in divided_rows(weight, files, plan.config.head_dim, len(shards)):
+                stored = shards[i][name].read_rows(start, start + len(rows))
+                if not torch.equal(stored.to(dtype), rows.to(dtype)):
+                    raise ValueError(f"verification: {weight.hf_name} has not the values of {name} in shard {i}")
+
+
+@torch.no_grad()
+def compare_states(plan: Plan, shards: list[Shard], folder: Path) -> dict:
+    """Compares the states after each layer, and the logits, of 32 tokens."""
+    config = AutoConfig.from_pretrained(folder)
     # Ids from the whole vocabulary; positions from the whole context, for scaled frequencies show far away only.
     ids = torch.tensor([config.bos_token_id, *(i * config.vocab_size // 31 for i in range(31))])
-    positions = torch.cat([torch.arange(16), torch.linspace(16, config.max_position_embeddings - 1, 16).long()])
-    states = [reference_states(plan.config, shards, ids, positions, dtypes)]
-    states += [converted_states(config, tensors, ids, positions, dtypes["tok_embeddings.weight"])]
-    names = [*(f"layer {i}" for i in range(config.num_hidden_layers)), "logits"]
-    facts = {"prompt_ids": ids.tolist(), "position_ids": positions.tolist(), "tolerance": TOLERANCE}
-    facts |= {"tensors_with_equal_values": len(plan.weights), "max_difference": {}, "relative_difference": {}}
+    near = torch.arange(16)
+    far = torch.linspace(16, config.max_position_embeddings - 1, 16).long()
+    positions = torch.cat([near, far])
+    reference_states = MetaModel(plan, shards).states(ids, positions)
+    converted_states = HuggingFaceModel(plan, config, folder).states(ids, positions)
+    facts = {
+        "prompt_ids": ids.tolist(),
+        "position_ids": positions.tolist(),
+        "tolerance": TOLERANCE,
+        "max_difference": {},
+        "relative_difference": {},
+    }
+    names = [f"layer {i}" for i in range(config.num_hidden_layers)] + ["logits"]
     for name in tqdm(names, desc="comparing layers", unit="layer"):
-        reference, converted = map(next, states)
-        relative = ((reference - converted).norm(dim=-1) / reference.norm(dim=-1)).max().item()  # worst token
-        facts["max_difference"][name] = (reference - converted).abs().max().item()
+        reference = next(reference_states)
+        difference = reference - next(converted_states)
+        relative = (difference.norm(dim=-1) / reference.norm(dim=-1)).max().item()  # of the worst token
+        facts["max_difference"][name] = difference.abs().max().item()
         facts["relative_difference"][name] = relative
         if not relative <= TOLERANCE:  # also where it is not a number
             found = f"{name} of the converted model differs by {relative:.2g} (allowed: {TOLERANCE:g})"
@@ -899,109 +1253,157 @@ def verify(plan: Plan, shards: list[dict[str, torch.Tensor]], folder: Path) -> d
     return facts
 
 
-def compare_values(weight: Weight, shards: list[dict[str, torch.Tensor]], pieces, dtypes: dict) -> None:
-    dtype = dtypes[weight.meta]
-    for i, first, rows in pieces:
-        stored = shards[i][weight.meta]
-        if not torch.equal(stored[first : first + len(rows)].to(dtype), rows.to(dtype)):
-            raise ValueError(f"verification: {weight.hf} has not the values of {weight.meta} in shard {i}")
-        release(stored)
-
-
-@torch.no_grad()
-def reference_states(c: LlamaConfig, shards: list[dict[str, torch.Tensor]], ids, positions, dtypes: dict):
-    """Yields the states after each layer, (tokens, dim), and then the logits, as Meta's processes would compute them.
+class MetaModel:
+    """Meta's model after the papers, computed from the shards as Meta's processes would do it.
 
     Each shard is a process with some of the heads and some rows of the feed-forward network; their results are summed.
     So nothing here depends on how pieces are joined, nor on the order of a head's rows in transformers.
     """
 
-    def load(shard: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-        rounded = shard[name].to(dtypes[name])
-        if rounded is not shard[name]:
-            release(shard[name])
-        weight = rounded.to(torch.float32, copy=True)
-        release(shard[name])
-        return weight
+    def __init__(self, plan: Plan, shards: list[Shard]):
+        self.config = plan.config
+        self.dtypes = plan.dtypes
+        self.shards = shards
 
-    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + c.rms_norm_eps) * load(shards[0], name)
+    def states(self, ids: torch.Tensor, positions: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yields the states after each layer, (tokens, dim), and then the logits, (tokens, vocabulary)."""
+        frequencies = rotary_frequencies(self.config.rope_parameters, self.config.head_dim)
+        angles = torch.outer(positions.float(), frequencies)
+        rotation = torch.polar(torch.ones_like(angles), angles)
+        x = self.embed(ids)
+        for i in range(self.config.num_hidden_layers):
+            x = x + self.attention(x, f"layers.{i}", rotation)
+            x = x + self.feed_forward(x, f"layers.{i}")
+            yield x
+        h = self.norm(x, "norm.weight")
+        output = "output.weight"
+        if output not in self.shards[0]:
+            output = "tok_embeddings.weight"
+        yield torch.cat([F.linear(h, self.load(shard, output)) for shard in self.shards], dim=-1)
 
-    def heads(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, weight).unflatten(-1, (-1, c.head_dim)).transpose(0, 1)
+    def load(self, shard: Shard, name: str) -> torch.Tensor:
+        return shard[name].read_as_float(self.dtypes[name])
 
-    def rotate(x: torch.Tensor) -> torch.Tensor:
-        """Neighbouring features are one complex number, turned by position times frequency."""
-        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * rotation).flatten(-2)
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        name = "tok_embeddings.weight"
+        pieces = [shard[name] for shard in self.shards]
+        num_rows, num_columns = pieces[0].shape
+        rows = []
+        for i in ids.tolist():
+            if num_columns == self.config.hidden_size:  # a shard holds some tokens
+                piece = pieces[i // num_rows]
+                rows.append(piece.read_rows(i % num_rows, i % num_rows + 1))
+            else:  # a shard holds some features of every token
+                rows.append(torch.cat([piece.read_rows(i, i + 1) for piece in pieces], dim=-1))
+        return torch.cat(rows).to(self.dtypes[name]).float()
 
-    angles = torch.outer(positions.float(), rotary_frequencies(c.rope_parameters, c.head_dim))
-    rotation, mask = torch.polar(torch.ones_like(angles), angles), torch.full((len(ids), len(ids)), -math.inf).triu(1)
-    pieces, dtype = [shard["tok_embeddings.weight"] for shard in shards], dtypes["tok_embeddings.weight"]
-    if pieces[0].shape[1] == c.hidden_size:  # a shard holds some tokens
-        x = torch.stack([pieces[i // len(pieces[0])][i % len(pieces[0])] for i in ids.tolist()]).to(dtype).float()
-    else:  # a shard holds some features of every token
-        x = torch.cat([piece[ids] for piece in pieces], -1).to(dtype).float()
-    for i in range(c.num_hidden_layers):
-        attention, network = f"layers.{i}.attention.w{{}}.weight", f"layers.{i}.feed_forward.w{{}}.weight"
-        h, total = norm(x, f"layers.{i}.attention_norm.weight"), 0
-        for shard in shards:
-            q, k, v = (heads(h, load(shard, attention.format(part))) for part in "qkv")
-            k, v = (t.repeat_interleave(len(q) // len(k), 0) for t in (rotate(k), v))
-            weights = (rotate(q) @ k.transpose(1, 2) / math.sqrt(c.head_dim) + mask).softmax(-1)
-            total += F.linear((weights @ v).transpose(0, 1).flatten(1), load(shard, attention.format("o")))
-        x = x + total
-        h, total = norm(x, f"layers.{i}.ffn_norm.weight"), 0
-        for shard in shards:
-            gate = F.silu(F.linear(h, load(shard, network.format(1))))
-            total += F.linear(gate * F.linear(h, load(shard, network.format(3))), load(shard, network.format(2)))
-        x = x + total
-        yield x
-    output = "output.weight" if "output.weight" in shards[0] else "tok_embeddings.weight"
-    h = norm(x, "norm.weight")
-    yield torch.cat([F.linear(h, load(shard, output)) for shard in shards], -1)
+    def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        mean_square = x.square().mean(-1, keepdim=True)
+        return x * torch.rsqrt(mean_square + self.config.rms_norm_eps) * self.load(self.shards[0], name)
+
+    def attention(self, x: torch.Tensor, layer: str, rotation: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x, f"{layer}.attention_norm.weight")
+        mask = torch.full((len(x), len(x)), -math.inf).triu(1)
+        total = 0
+        for shard in self.shards:
+            q = self.heads(h, self.load(shard, f"{layer}.attention.wq.weight"))
+            k = self.heads(h, self.load(shard, f"{layer}.attention.wk.weight"))
+            v = self.heads(h, self.load(shard, f"{layer}.attention.wv.weight"))
+            q = rotate(q, rotation)
+            k = rotate(k, rotation)
+            # Grouped queries: several heads of q share one of k and v.
+            k = k.repeat_interleave(len(q) // len(k), dim=0)
+            v = v.repeat_interleave(len(q) // len(v), dim=0)
+            scores = q @ k.transpose(1, 2) / math.sqrt(self.config.head_dim) + mask
+            mixed = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+            total = total + F.linear(mixed, self.load(shard, f"{layer}.attention.wo.weight"))
+        return total
+
+    def heads(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """(heads, tokens, head_dim)"""
+        return F.linear(x, weight).unflatten(-1, (-1, self.config.head_dim)).transpose(0, 1)
+
+    def feed_forward(self, x: torch.Tensor, layer: str) -> torch.Tensor:
+        h = self.norm(x, f"{layer}.ffn_norm.weight")
+        total = 0
+        for shard in self.shards:
+            gate = F.silu(F.linear(h, self.load(shard, f"{layer}.feed_forward.w1.weight")))
+            up = F.linear(h, self.load(shard, f"{layer}.feed_forward.w3.weight"))
+            total = total + F.linear(gate * up, self.load(shard, f"{layer}.feed_forward.w2.weight"))
+        return total
+
+
+def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Neighbouring features are one complex number, turned by position times frequency."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * rotation).flatten(-2)
 
 
 def rotary_frequencies(rope: dict, head_dim: int) -> torch.Tensor:
-    """Radians per position of each pair; Llama 3.1 slows those down that turn less than four times in 8192."""
-    frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    """Radians per position of each pair of features, (head_dim / 2).
+
+    Llama 3.1 slows those down that turn less than four times in 8192 tokens (llama-models, models/llama3/model.py).
+    """
+    exponents = torch.arange(0, head_dim, 2).float() / head_dim
+    frequencies = 1.0 / rope["rope_theta"] ** exponents
     if "factor" not in rope:
         return frequencies
-    kept = ((8192 * frequencies / (2 * math.pi) - 1) / (4 - 1)).clamp(0, 1)  # nothing of those below one turn
+    turns = 8192 * frequencies / (2 * math.pi)
+    kept = ((turns - 1) / (4 - 1)).clamp(0, 1)  # nothing of those that turn less than once
     return (1 - kept) * frequencies / rope["factor"] + kept * frequencies
 
 
-@torch.no_grad()
-def converted_states(config, tensors: dict[str, Path], ids, positions, dtype: torch.dtype):
-    """Yields the same from transformers' own layer, which gets each weight from the files just before it is used."""
+class HuggingFaceModel:
+    """transformers' own layer, which gets each weight from the files just before it is used, and drops it after."""
 
-    def load(name: str) -> torch.nn.Parameter:
-        with safe_open(tensors[name], framework="pt") as file:
-            return torch.nn.Parameter(file.get_tensor(name).to(dtype).float(), requires_grad=False)
+    def __init__(self, plan: Plan, config: LlamaConfig, folder: Path):
+        self.config = config
+        self.files = find_hf_tensors(folder)
+        self.dtype = plan.dtypes["tok_embeddings.weight"]
+        self.layer_number = 0
+        config._attn_implementation = "eager"
+        with torch.device("meta"):
+            self.layer = LlamaDecoderLayer(config, 0)
+        self.names = {}
+        for name, module in self.layer.named_modules():
+            if "weight" in module._parameters:
+                self.names[module] = name
+                module.register_forward_pre_hook(self.fetch_weight)
+                module.register_forward_hook(self.drop_weight)
 
-    def fetch(module, inputs) -> None:
-        module.weight = load(f"model.layers.{i}.{names[module]}.weight")
+    def fetch_weight(self, module, inputs) -> None:
+        module.weight = self.load(f"model.layers.{self.layer_number}.{self.names[module]}.weight")
 
-    def drop(module, inputs, outputs) -> None:
+    def drop_weight(self, module, inputs, outputs) -> None:
         module.weight = None
 
-    config._attn_implementation = "eager"
-    with torch.device("meta"):
-        layer = LlamaDecoderLayer(config, 0)
-    names = {module: name for name, module in layer.named_modules() if "weight" in module._parameters}
-    for module in names:
-        module.register_forward_pre_hook(fetch)
-        module.register_forward_hook(drop)
-    with safe_open(tensors["model.embed_tokens.weight"], framework="pt") as file:
-        table = file.get_slice("model.embed_tokens.weight")
-        x = torch.cat([table[i : i + 1] for i in ids.tolist()])[None].to(dtype).float()
-    rotary = LlamaRotaryEmbedding(config)(x, positions[None])
-    mask = torch.full((len(ids), len(ids)), -math.inf).triu(1)[None, None]
-    for i in range(config.num_hidden_layers):  # noqa: B007 - fetch reads it
-        x = layer(x, attention_mask=mask, position_embeddings=rotary)
-        yield x[0]
-    norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-    norm.weight = load("model.norm.weight")
-    yield F.linear(norm(x)[0], load("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"))
+    def load(self, name: str) -> torch.nn.Parameter:
+        with safe_open(self.files[name], framework="pt") as file:
+            weight = file.get_tensor(name).to(self.dtype).float()
+        return torch.nn.Parameter(weight, requires_grad=False)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        name = "model.embed_tokens.weight"
+        with safe_open(self.files[name], framework="pt") as file:
+            table = file.get_slice(name)
+            rows = [table[i : i + 1] for i in ids.tolist()]
+        return torch.cat(rows).to(self.dtype).float()
+
+    def states(self, ids: torch.Tensor, positions: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yields what MetaModel.states yields."""
+        x = self.embed(ids)[None]
+        rotary = LlamaRotaryEmbedding(self.config)(x, positions[None])
+        mask = torch.full((len(ids), len(ids)), -math.inf).triu(1)[None, None]
+        for i in range(self.config.num_hidden_layers):
+            self.layer_number = i
+            x = self.layer(x, attention_mask=mask, position_embeddings=rotary)
+            yield x[0]
+        norm = LlamaRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
+        norm.weight = self.load("model.norm.weight")
+        output = "lm_head.weight"
+        if self.config.tie_word_embeddings:
+            output = "model.embed_tokens.weight"
+        yield F.linear(norm(x)[0], self.load(output))
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -1009,77 +1411,102 @@ def converted_states(config, tensors: dict[str, Path], ids, positions, dtype: to
 # -------------------------------------------------------------------------------------------------------------------
 
 
+class Stopwatch:
+    """Seconds of each step."""
+
+    def __init__(self):
+        self.started = time.perf_counter()
+        self.seconds = {}
+
+    def note(self, step: str) -> None:
+        now = time.perf_counter()
+        self.seconds[step] = now - self.started
+        self.started = now
+
+
 def convert(args: Arguments, plan: Plan, folder: Path) -> None:
     """Writes all files into `folder`, the report last."""
-    started, seconds, source = time.perf_counter(), {}, Path(args.input_dir)
-
-    def note_seconds(step: str) -> None:
-        seconds[step] = time.perf_counter() - started - sum(seconds.values())
-
-    verified = args.verify and bool(plan.weights)
-    report = {"arguments": asdict(args), "verified": verified, "meta": plan.meta}
+    stopwatch = Stopwatch()
+    report = {"arguments": asdict(args), "verified": False, "meta": {}}
     if plan.weights:
-        total = sum(map(plan.num_bytes, plan.weights))
-        with one_thread(), tqdm(total=total, desc="writing", unit="B", unit_scale=True) as progress:
-            if args.to_meta:
-                write_meta(plan, source, folder, progress)
-            else:
-                write_hf(plan, folder, parse_size(args.max_shard_size), progress)
-        note_seconds("writing")
-    if not args.to_meta:
-        report["tokenizer"] = write_tokenizer(plan, folder)
-        note_seconds("tokenizer")
-    if verified:
-        shards = open_shards(folder) if args.to_meta else plan.shards
-        report["verification"] = verify(plan, shards, source if args.to_meta else folder)
-        note_seconds("verifying")
-        inputs = [*source.iterdir(), *([plan.tokenizer.path] if plan.tokenizer else [])]
-        report["sha256"] = {"inputs": hash_files(inputs), "outputs": hash_files(folder.iterdir())}
-        note_seconds("hashing")
-    report["seconds"] = seconds
-    report["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    report["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
-    (folder / "conversion_report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
+        report["meta"] = asdict(plan.layout)
+        write_hf(plan, folder, parse_size(args.max_shard_size))
+        stopwatch.note("writing")
+    report["tokenizer"] = write_tokenizer(plan, folder)
+    stopwatch.note("tokenizer")
+    if args.verify and plan.weights:
+        report["verification"] = verify(plan, plan.shards, folder)
+        report["verified"] = True
+        stopwatch.note("verifying")
+        report["sha256"] = hash_both_folders(Path(args.input_dir), folder, plan.tokenizer)
+        stopwatch.note("hashing")
+    write_report(report, stopwatch, folder)
 
 
-def hash_files(paths) -> dict[str, str]:
-    digests, kinds = {}, (".pth", ".safetensors", ".json", ".model")
-    for path in tqdm(sorted({path for path in paths if path.suffix in kinds}), desc="hashing", unit="file"):
+def hash_both_folders(source: Path, folder: Path, tokenizer: TokenizerFile | None) -> dict:
+    inputs = list(source.iterdir())
+    if tokenizer is not None:
+        inputs.append(tokenizer.path)  # which may lie beside the folder
+    return {"inputs": hash_files(inputs), "outputs": hash_files(folder.iterdir())}
+
+
+def hash_files(paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of the files that hold a model or a tokenizer, by name."""
+    suffixes = (".pth", ".safetensors", ".json", ".model")
+    digests = {}
+    for path in tqdm(sorted({path for path in paths if path.suffix in suffixes}), desc="hashing", unit="file"):
         with open(path, "rb") as file:
             digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 
 
-def main() -> None:
-    parser = HfArgumentParser(Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
+def write_report(report: dict, stopwatch: Stopwatch, folder: Path) -> None:
+    report["seconds"] = stopwatch.seconds
+    report["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def stop_at_signals() -> None:
+    """A stopped conversion ends by an exception, so that what it has written is deleted."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit("error: stopped; nothing was written"))
+
+
+@contextlib.contextmanager
+def complete_folder(output_dir: str) -> Iterator[Path]:
+    """Gives a folder to write into. It gets its real name at the end, and is deleted if there was an error."""
+    output = Path(output_dir).resolve()
+    folder = incomplete_folder(output_dir)
+    folder.mkdir()
+    try:
+        yield folder
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # after the renaming there is none
+
+
+def main() -> None:
+    parser = HfArgumentParser(Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
+    stop_at_signals()
+    if any(word.split("=")[0] == "--to_meta" for word in sys.argv):
+        sys.exit("error: --to_meta: python tools/convert_hf_to_meta.py does this now, with the same other flags")
     try:
         (args,) = parser.parse_args_into_dataclasses()
         plan = check_arguments(args)
     except ValueError as mistakes:
         sys.exit(f"error: {mistakes}\n--help lists every flag with its default")
-    output, folder = Path(args.output_dir).resolve(), incomplete_folder(args.output_dir)
     try:
-        folder.mkdir()
-        try:
+        with complete_folder(args.output_dir) as folder:
             convert(args, plan, folder)
-            output.parent.mkdir(parents=True, exist_ok=True)
-            folder.rename(output)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)  # there is none after the renaming
     except (ValueError, OSError) as problem:
         sys.exit(f"error: {problem}; nothing was written")
-    print(f"{args.output_dir}: complete; conversion_report.json says how it was verified")
-    if plan.tokenizer is None:
-        print("--input_dir has no tokenizer.model, so the result has none; Meta's code needs it, copy it there")
-    elif plan.tokenizer.kind == "tiktoken" and not args.to_meta:
-        if plan.tokenizer.chat_template:
-            print(
-                "the tokenizer has the chat template and stop ids of Instruct models; --instruct False for a base model"
-            )
-        else:
-            print("the tokenizer has no chat template, as for a base model; --instruct True for an Instruct model")
+    print(f"{args.output_dir}: complete; {REPORT} says how it was verified")
+    if plan.tokenizer.kind == "tiktoken" and plan.tokenizer.chat_template:
+        print("the tokenizer has the chat template and stop ids of Instruct models; --instruct False for a base model")
+    elif plan.tokenizer.kind == "tiktoken":
+        print("the tokenizer has no chat template, as for a base model; --instruct True for an Instruct model")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,7 @@ from conftest import ROOT, make_tokenizer, random_rows, run_script, save_rows, s
 from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools" / "evaluate.py")
-evaluate = importlib.util.module_from_spec(spec)
-sys.modules["evaluate_tool"] = evaluate
-spec.loader.exec_module(evaluate)
+from tools import evaluate
 
 
 def random_questions(num_questions: int) -> list[dict]:
@@ -45,11 +42,12 @@ def score_one_by_one(model, questions, num_virtual: int = 0):
 def test_joined_questions_score_like_each_option_by_itself(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64, attn_implementation="sdpa").eval()
     questions = random_questions(7)
-    joined = [score for start in (0, 3, 6) for score in evaluate.score_batch(model, questions[start : start + 3])]
     alone = score_one_by_one(model, questions)
-    for mine, theirs in zip(joined, alone, strict=True):
-        for option, expected in zip(mine, theirs, strict=True):
-            assert option == pytest.approx(expected, rel=1e-5)
+    for batch_size in (1, 3, 7):
+        together = evaluate.score_questions(model, questions, batch_size)
+        for mine, theirs in zip(together, alone, strict=True):
+            for option, expected in zip(mine, theirs, strict=True):
+                assert option == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["lora", "prefix", "ptuning", "prompt"])
@@ -58,7 +56,7 @@ def test_adapters_of_every_mode_are_scored(mode, tiny_model):
     import peft
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64, attn_implementation="sdpa")
-    base = evaluate.score_batch(model.eval(), random_questions(3))
+    base = evaluate.score_questions(model.eval(), random_questions(3), 3)
     virtual = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
     config = {
         "lora": lambda: peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
@@ -68,7 +66,7 @@ def test_adapters_of_every_mode_are_scored(mode, tiny_model):
     }[mode]()
     torch.manual_seed(0)
     model = peft.get_peft_model(model, config).eval().double()
-    scores = evaluate.score_batch(model, random_questions(3))
+    scores = evaluate.score_questions(model, random_questions(3), 3)
     assert (scores == base) == (mode == "lora")
     alone = score_one_by_one(model, random_questions(3), num_virtual=0 if mode in ("lora", "prefix") else 4)
     for mine, theirs in zip(scores, alone, strict=True):
@@ -154,20 +152,20 @@ def test_shots_stand_before_each_question_and_have_the_only_bos(tiny_set, tmp_pa
 @pytest.mark.parametrize("window", [8, 64])
 def test_documents_have_each_token_scored_once(window, tiny_model):
     """Within one window: the plain loss of the model over the whole document. The bytes are those of the text."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64).eval()
     tokenizer = make_tokenizer()
     texts = ["贫血 is common. " * 2, "x", "Fever and cough"]
     rows = [{"input_ids": tokenizer(text).input_ids} for text in texts]
+    num_targets = sum(len(row["input_ids"]) - 1 for row in rows)
+    total = 0.0
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        total += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
     data = evaluate.TestSet("text", rows, tokenizer, {}, [])
     result = evaluate.evaluate_targets(model, data, evaluate.Arguments(window=window))
-    num = sum(len(row["input_ids"]) - 1 for row in rows)
-    assert result["num_targets"] == num
+    assert result["num_targets"] == num_targets
     if window == 64:
-        total = sum(
-            model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item() * (len(ids) - 1)
-            for ids in (row["input_ids"] for row in rows)
-        )
-        assert result["loss"] == pytest.approx(total / num, rel=1e-6)
+        assert result["loss"] == pytest.approx(total / num_targets, rel=1e-6)
         num_bytes = sum(len(text.encode()) for text in texts)
         assert result["bits_per_byte"] == pytest.approx(total / 0.6931471805599453 / num_bytes, rel=1e-6)
     for row in rows:
@@ -176,17 +174,9 @@ def test_documents_have_each_token_scored_once(window, tiny_model):
         assert scored == row["input_ids"][1:]
 
 
-@pytest.mark.parametrize("mode", ["base", "prompt"])
-def test_instructions_have_the_loss_and_accuracy_of_a_plain_forward(mode, tiny_model):
-    import peft
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64, attn_implementation="sdpa").eval()
-    if mode == "prompt":
-        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-        model = peft.get_peft_model(model, config).eval().double()
-    rows = [{name: list(ids) for name, ids in row.items()} for row in random_rows(7)]
-    data = evaluate.TestSet("instruction", rows, make_tokenizer(), {}, [])
-    result = evaluate.evaluate_targets(model, data, evaluate.Arguments(per_device_eval_batch_size=3))
+@torch.no_grad()
+def sum_over_targets(model, rows: list[dict]) -> tuple[float, int, int]:
+    """A plain forward for each row: summed loss, targets that are the likeliest token, targets."""
     total, right, num = 0.0, 0, 0
     for row in rows:
         ids = torch.tensor([row["input_ids"]])
@@ -196,6 +186,21 @@ def test_instructions_have_the_loss_and_accuracy_of_a_plain_forward(mode, tiny_m
                 total -= logits[position - 1].log_softmax(-1)[label].item()
                 right += int(logits[position - 1].argmax()) == label
                 num += 1
+    return total, right, num
+
+
+@pytest.mark.parametrize("mode", ["base", "prompt"])
+def test_instructions_have_the_loss_and_accuracy_of_a_plain_forward(mode, tiny_model):
+    import peft
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64).eval()
+    if mode == "prompt":
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        model = peft.get_peft_model(model, config).eval().double()
+    rows = [{name: list(ids) for name, ids in row.items()} for row in random_rows(7)]
+    total, right, num = sum_over_targets(model, rows)
+    data = evaluate.TestSet("instruction", rows, make_tokenizer(), {}, [])
+    result = evaluate.evaluate_targets(model, data, evaluate.Arguments(per_device_eval_batch_size=3))
     assert result["loss"] == pytest.approx(total / num, rel=1e-6)
     assert result["token_accuracy"] == right / num and result["num_targets"] == num
 
@@ -241,7 +246,6 @@ def test_every_checkpoint_and_a_comparison(tiny_model, tmp_path, monkeypatch, ca
         base = AutoModelForCausalLM.from_pretrained(tiny_model)
         model = peft.get_peft_model(base, config)
         model.save_pretrained(run_folder / f"checkpoint-{step}", save_embedding_layers=False)
-        (run_folder / f"checkpoint-{step}" / "complete.json").write_text("{}")
     model.save_pretrained(run_folder, save_embedding_layers=False)
     (run_folder / "checkpoint-15").mkdir()  # interrupted
     (run_folder / "run.json").write_text("{}")
@@ -271,21 +275,27 @@ def test_every_checkpoint_and_a_comparison(tiny_model, tmp_path, monkeypatch, ca
     assert "other questions" in str(stopped.value.code)
 
 
-def test_an_adapter_that_does_not_fit_is_refused_by_both_names(tiny_model, tmp_path):
+def stop_message(monkeypatch, *flags) -> str:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main()
+    return str(stopped.value.code)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_by_both_names(tiny_model, tiny_set, tmp_path, monkeypatch):
     import peft
 
     other = save_tiny_model(tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     model = AutoModelForCausalLM.from_config(LlamaConfig(**config | {"hidden_size": 64, "head_dim": 8}))
     peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
-    args = evaluate.Arguments(model_path=str(tiny_model), peft_path=str(tmp_path / "adapter"))
-    with pytest.raises(ValueError, match="does not fit") as refusal:
-        evaluate.load_model(args)
-    assert str(tiny_model) in str(refusal.value) and str(tmp_path / "adapter") in str(refusal.value)
+    flags = ["--model_path", tiny_model, "--peft_path", tmp_path / "adapter", "--dataset_path", tiny_set]
+    message = stop_message(monkeypatch, *flags)
+    assert f"--peft_path {tmp_path / 'adapter'}: its tensor base_model.model.model.layers." in message
+    assert f"and --model_path {tiny_model} needs [" in message
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="damaged"):
-        evaluate.load_model(args)
+    assert "adapter_model.safetensors is cut off" in stop_message(monkeypatch, *flags)
 
 
 def test_mistakes_are_reported_together(tmp_path):

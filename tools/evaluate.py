@@ -15,12 +15,14 @@ Instructions and conversations: loss and accuracy per target token. Documents: p
 
 --compare says by an exact McNemar test whether two accuracies really differ. Writes evaluation.json and a Markdown
 table, evaluation.md, into the run's folder, or where --output says.
+
+The model sees what it saw in training: the attention is the model's own, with its sliding windows and soft caps, and
+no token attends to another row. The result is the same for every batch size.
 """
 
 import json
 import math
 import os
-import re
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -30,14 +32,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import load_from_disk
-from safetensors import SafetensorError
+from peft import PeftModel
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data_collator
 from data_collator import IGNORE_INDEX, DataCollator, TokenizedDataset
+from data_sample.rendering import LETTERS, adds_bos, find_places
+from tools import loading
+from tools.loading import SAMPLE_MODEL, ModelSource, collect, has_virtual_tokens
 
-SAMPLE_MODEL = "models/SmolLM2-135M-Instruct"
 NUM_BINS = 10  # of the calibration error
 
 
@@ -80,68 +85,163 @@ class TestSet:
     shots: list[int]  # ids that stand before each question
 
 
-def check_arguments(args: Arguments) -> TestSet | None:
-    """Completes the arguments, and reads the set (not for --compare); raises ValueError with every mistake."""
+@dataclass
+class Run:
+    """A model and a set that fit each other."""
+
+    source: ModelSource
+    data: TestSet
+
+
+def check_arguments(args: Arguments) -> list[Run]:
+    """Completes the arguments, and reads what is to be scored: one run, or one for each checkpoint or --compare.
+
+    Raises:
+        ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
+    """
     mistakes = []
-    for name, least in (("per_device_eval_batch_size", 1), ("window", 2), ("shots", 0)):
-        if getattr(args, name) < least:
-            mistakes.append(f"--{name} {getattr(args, name)}: must be at least {least}")
-    if args.peft_path and not (Path(args.peft_path) / "adapter_config.json").is_file():
-        mistakes.append(f"--peft_path {args.peft_path}: no adapter_config.json in it; train an adapter first")
-    elif args.peft_path and args.model_path is None:
-        adapter = json.loads((Path(args.peft_path) / "adapter_config.json").read_text(encoding="utf-8"))
-        args.model_path = adapter["base_model_name_or_path"]
-    args.model_path = args.model_path or SAMPLE_MODEL
-    is_local = args.model_path.startswith((".", "/", "~", "models/", "outputs/"))
-    if not args.compare and is_local and not Path(args.model_path).is_dir():
-        mistakes.append(
-            f"--model_path {args.model_path}: no such folder; bash scripts/quickstart.sh fetches the sample"
-        )
-    if args.all_checkpoints and not list_checkpoints(args):
-        mistakes.append(f"--all_checkpoints True: {args.peft_path or args.model_path} has no complete checkpoint")
-    if args.compare is not None and (len(args.compare) != 2 or args.all_checkpoints or args.peft_path):
-        mistakes.append(f"--compare {' '.join(args.compare)}: name two runs, and neither --peft_path nor "
-                        "--all_checkpoints")  # fmt: skip
-    for path in args.compare or ():
-        if not Path(path).exists():
-            mistakes.append(f"--compare {path}: no such folder or file")
-    data = None
-    if not args.compare:
-        try:
-            data = TokenizedDataset(args.dataset_path, passage_length=1) if mistakes else read_set(args)
-        except (ValueError, OSError) as problem:
-            mistakes.append(f"--dataset_path {args.dataset_path}: {problem}")
+    for name, lowest in (("per_device_eval_batch_size", 1), ("window", 2), ("shots", 0)):
+        if getattr(args, name) < lowest:
+            mistakes.append(f"--{name} {getattr(args, name)}: must be at least {lowest}")
+    if args.compare is not None:
+        runs = check_compare(args, mistakes)
+    else:
+        if args.model_path is None and args.peft_path is None:
+            args.model_path = SAMPLE_MODEL
+        runs = check_runs(args, mistakes)
     if mistakes:
         raise ValueError("\n".join(mistakes))
+    return runs
+
+
+def check_runs(args: Arguments, mistakes: list[str]) -> list[Run]:
+    """The model that the flags name, or each of its checkpoints."""
+    places = [(args.model_path, args.peft_path)]
+    if args.all_checkpoints:
+        checkpoints = list_checkpoints(args)
+        if not checkpoints:
+            mistakes.append(f"--all_checkpoints True: {args.peft_path or args.model_path} has no complete checkpoint")
+        if args.peft_path is not None:
+            places += [(args.model_path, str(folder)) for folder in checkpoints]
+        else:
+            places += [(str(folder), None) for folder in checkpoints]
+    runs = []
+    for model_path, peft_path in places:
+        source = None
+        with collect(mistakes):
+            source = loading.open_model(model_path, peft_path)
+        data = read_set(args, source, mistakes)
+        if source is None or data is None:
+            return []
+        if args.load_in_4bit:
+            with collect(mistakes, "--load_in_4bit True"):
+                loading.use_4bit("True", source)
+        runs.append(Run(source, data))
+    args.model_path = runs[0].source.model_path
+    args.peft_path = runs[0].source.peft_path
+    if args.all_checkpoints:
+        return runs[1:]
+    return runs
+
+
+def check_compare(args: Arguments, mistakes: list[str]) -> list[Run | None]:
+    """The two runs of --compare; None for one that was scored before."""
+    if len(args.compare) != 2 or args.all_checkpoints or args.peft_path:
+        mistakes.append(f"--compare {' '.join(args.compare)}: name two runs, and neither --peft_path nor "
+                        "--all_checkpoints")  # fmt: skip
+        return []
+    runs = []
+    for path in args.compare:
+        if Path(path).is_file():
+            runs.append(None)
+            with collect(mistakes, f"--compare {path}"):
+                read_result(Path(path))
+        elif not Path(path).exists():
+            mistakes.append(f"--compare {path}: no such folder or file")
+        else:
+            runs.append(check_folder(args, path, mistakes))
+    return runs
+
+
+def check_folder(args: Arguments, path: str, mistakes: list[str]) -> Run | None:
+    """The adapter or the whole model in a folder that --compare names, on --dataset_path."""
+    source = None
+    with collect(mistakes):
+        if (Path(path) / "adapter_config.json").is_file():
+            source = loading.open_model(None, path, model_flag="--compare", peft_flag="--compare")
+        else:
+            source = loading.open_model(path, None, model_flag="--compare")
+    data = read_set(args, source, mistakes)
+    if data is None:
+        return None
+    if data.kind != "multiple_choice":
+        mistakes.append(f"--dataset_path {args.dataset_path}: --compare needs questions with options; tokenize with "
+                        "--format mcq and --packing False")  # fmt: skip
+    return Run(source, data)
+
+
+def read_set(args: Arguments, source: ModelSource | None, mistakes: list[str]) -> TestSet | None:
+    """The rows, and what kind of a score they allow; None if they do not fit the model, or the set itself is wrong."""
+    num_before = len(mistakes)
+    checked = None
+    with collect(mistakes, f"--dataset_path {args.dataset_path}"):
+        checked = open_set(args.dataset_path, source)
+    if checked is None or source is None:
+        return None
+    data = TestSet("instruction", load_from_disk(args.dataset_path), source.tokenizer, checked.ledger, [])
+    if "options" in data.rows.column_names:
+        data.kind = "multiple_choice"
+    elif data.ledger.get("format") == "text":
+        data.kind = "text"
+    if checked.packed and source.num_virtual_tokens:
+        mistakes.append(f"--dataset_path {args.dataset_path}: its rows hold several documents, and this adapter puts "
+                        "its virtual tokens before one document; tokenize with --packing False")  # fmt: skip
+    if args.shots and data.kind != "multiple_choice":
+        mistakes.append(f"--shots {args.shots}: needs questions with options; tokenize with --format mcq and "
+                        "--packing False")  # fmt: skip
+    elif args.shots:
+        with collect(mistakes, f"--shots_path {args.shots_path}"):
+            open_set(args.shots_path, source)
+            data.shots = draw_shots(args, source.tokenizer)
+    if checked.has_documents:
+        args.window = min(args.window, source.context_length)
+    else:
+        with collect(mistakes, f"--dataset_path {args.dataset_path}"):
+            check_lengths(source, data)
+    if len(mistakes) > num_before:
+        return None
     return data
 
 
-def read_set(args: Arguments) -> TestSet:
-    """The rows, and what kind of a score they allow. Raises ValueError if they do not fit the model."""
-    config, tokenizer = AutoConfig.from_pretrained(args.model_path), AutoTokenizer.from_pretrained(args.model_path)
-    checked = TokenizedDataset(args.dataset_path, config, tokenizer, passage_length=1)
-    rows, ledger = load_from_disk(args.dataset_path), checked.ledger
-    if "options" in rows.column_names:
-        kind = "multiple_choice"
-    else:
-        kind = "text" if ledger.get("format") == "text" else "instruction"
-    if args.shots and kind != "multiple_choice":
-        raise ValueError("--shots needs questions with options; tokenize with --format mcq and --packing False")
-    shots = draw_shots(args, tokenizer) if args.shots else []
-    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    if checked.has_documents:
-        args.window = min(args.window, context)
-    else:
-        longest = len(shots) + max(len(ids) for ids in rows["input_ids"])
-        if longest > context:
-            raise ValueError(f"a row has {longest} tokens, shots included, and the model can attend to "
-                             f"{context}; tokenize with a lower --max_length")  # fmt: skip
-    return TestSet(kind, rows, tokenizer, ledger, shots)
+def open_set(path: str, source: ModelSource | None) -> TokenizedDataset:
+    """The set, whose ids must be those of the model. An adapter's tokenizer may have a token more than its base's."""
+    if source is None:
+        return TokenizedDataset(path, passage_length=1)
+    try:
+        return TokenizedDataset(path, source.config, source.tokenizer, passage_length=1)
+    except ValueError:
+        if source.adapter is None:
+            raise
+        return TokenizedDataset(path, source.config, loading.load_tokenizer(source.model_path), passage_length=1)
+
+
+def check_lengths(source: ModelSource, data: TestSet) -> None:
+    """Raises ValueError if the longest row does not fit into what the model can attend to."""
+    longest = 0
+    for row in data.rows:
+        num_tokens = len(row["input_ids"])
+        if "options" in row:
+            num_prompt = num_tokens - len(row["options"][0])
+            num_tokens = num_prompt + max(len(ids) for ids in row["options"])
+        longest = max(longest, num_tokens)
+    longest += len(data.shots) + source.num_virtual_tokens
+    if longest > source.context_length:
+        raise ValueError(f"a row has {longest} tokens, shots and virtual tokens included, and the model can attend to "
+                         f"{source.context_length}; tokenize with a lower --max_length")  # fmt: skip
 
 
 def draw_shots(args: Arguments, tokenizer) -> list[int]:
     """Whole rows of --shots_path, with their right answers, one after the other."""
-    TokenizedDataset(args.shots_path, tokenizer=tokenizer)
     rows = load_from_disk(args.shots_path)["input_ids"]
     chosen = np.random.default_rng(args.seed).choice(len(rows), size=min(args.shots, len(rows)), replace=False)
     shots = []
@@ -152,51 +252,60 @@ def draw_shots(args: Arguments, tokenizer) -> list[int]:
 
 def join(shots: list[int], ids: list[int], tokenizer) -> list[int]:
     """`ids` behind `shots`, without the BOS that the tokenizer put before them: the first shot has it."""
-    repeated = shots and ids[0] == tokenizer.bos_token_id and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-    return [*shots, *(ids[1:] if repeated else ids)]
+    if shots and ids[0] == tokenizer.bos_token_id and adds_bos(tokenizer):
+        return [*shots, *ids[1:]]
+    return [*shots, *ids]
 
 
 def list_checkpoints(args: Arguments) -> list[Path]:
-    """The complete checkpoints of the run, in the order of its steps."""
-    folders = Path(args.peft_path or args.model_path).glob("checkpoint-*")
-    complete = [folder for folder in folders if (folder / "complete.json").is_file()]
-    return sorted(complete, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+    """The complete checkpoints of the run, in the order of its steps.
+
+    A folder with the name of a checkpoint is complete. Runs of a former version marked those that were by a file.
+    """
+    weights = "config.json"
+    if args.peft_path is not None:
+        weights = "adapter_config.json"
+    folders = []
+    for folder in Path(args.peft_path or args.model_path).expanduser().glob("checkpoint-*"):
+        if folder.name.removeprefix("checkpoint-").isdecimal() and (folder / weights).is_file():
+            folders.append(folder)
+    marked = [folder for folder in folders if (folder / "complete.json").is_file()]
+    return sorted(marked or folders, key=step_of)
 
 
-def load_model(args: Arguments):
-    """Raises ValueError naming both if the adapter does not fit the model."""
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype, quantization = torch.bfloat16 if bf16 else torch.float32, None
-    if args.load_in_4bit:
-        from transformers import BitsAndBytesConfig
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
-        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-        quantization = BitsAndBytesConfig(load_in_4bit=True, **nf4)
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model_path,
-        dtype=dtype,
-        device_map={"": device},
-        quantization_config=quantization,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-    )
-    if args.peft_path:
-        from peft import PeftModel
 
-        if not (Path(args.peft_path) / "adapter_model.safetensors").is_file():
-            raise ValueError(f"--peft_path {args.peft_path}: no adapter_model.safetensors in it")
-        try:
-            model = PeftModel.from_pretrained(model, args.peft_path)
-        except (ValueError, RuntimeError, SafetensorError) as problem:
-            reason = str(problem).splitlines()[0]
-            raise ValueError(f"--peft_path {args.peft_path} is damaged or does not fit --model_path "
-                             f"{args.model_path}: {reason}") from None  # fmt: skip
+# -------------------------------------------------------------------------------------------------------------------
+# The model
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(source: ModelSource, load_in_4bit: bool, use_cpu: bool):
+    """The model on one device, with the attention that it has by itself; in bf16 on a GPU that has it."""
+    device = "cpu"
+    if torch.cuda.is_available() and not use_cpu:
+        device = "cuda"
+    dtype = loading.compute_dtype(use_cpu)
+    options = {}
+    if load_in_4bit:
+        options["quantization_config"] = loading.four_bit(dtype)
+    with loading.ask_library(f"{source.model_path} cannot be loaded"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.model_path,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    loading.check_report(report)
+    if source.adapter is not None:
+        loading.fit_vocabulary(source.adapter, source.model_path, model)
+        model = PeftModel.from_pretrained(model, source.peft_path)
     return model.eval()
-
-
-def has_virtual_tokens(model) -> bool:
-    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -204,72 +313,92 @@ def has_virtual_tokens(model) -> bool:
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def lay_out(question: dict) -> dict[str, torch.Tensor]:
-    """One row in which the prompt stands once, followed by all its options.
+@dataclass
+class SharedPrompt:
+    """One row in which a prompt stands once, followed by all its options.
 
     A token sees the prompt and its own option, nothing else, and each option's positions go on from the prompt: the
     logits are those of every prompt + option by itself, for the price of one prompt.
-
-    Returns:
-        `input_ids`, `position_ids` [T]; `seen` [T, T], True where the token of the row sees that of the column;
-        `sources` [N]: where each option token is predicted; `targets` [N]: its id; `owners` [N]: its option.
     """
+
+    input_ids: torch.Tensor  # [T]
+    position_ids: torch.Tensor  # [T]
+    seen: torch.Tensor  # [T, T], True where the token of the row sees that of the column
+    sources: list[int]  # where each option token is predicted
+    targets: list[int]  # its id
+    owners: list[int]  # its option
+
+
+def lay_out(question: dict) -> SharedPrompt:
     prompt = question["input_ids"][: -len(question["options"][0])]
-    input_ids, position_ids, owners_of_all = list(prompt), list(range(len(prompt))), [-1] * len(prompt)
-    sources, targets, owners = [], [], []
+    input_ids = list(prompt)
+    position_ids = list(range(len(prompt)))
+    option_of_token = [-1] * len(prompt)
+    sources = []
+    targets = []
+    owners = []
     for option, ids in enumerate(question["options"]):
-        sources += [len(prompt) - 1, *range(len(input_ids), len(input_ids) + len(ids) - 1)]
-        targets += ids
-        owners += [option] * len(ids)
-        input_ids += ids
-        position_ids += range(len(prompt), len(prompt) + len(ids))
-        owners_of_all += [option] * len(ids)
-    owner = torch.tensor(owners_of_all)
-    seen = ((owner[None, :] == -1) | (owner[:, None] == owner[None, :])).tril()
-    row = {"input_ids": input_ids, "position_ids": position_ids}
-    row |= {"sources": sources, "targets": targets, "owners": owners}
-    return {name: torch.tensor(ids) for name, ids in row.items()} | {"seen": seen}
+        sources.append(len(prompt) - 1)  # the last token of the prompt predicts the first of each option
+        sources.extend(range(len(input_ids), len(input_ids) + len(ids) - 1))
+        targets.extend(ids)
+        owners.extend([option] * len(ids))
+        input_ids.extend(ids)
+        position_ids.extend(range(len(prompt), len(prompt) + len(ids)))
+        option_of_token.extend([option] * len(ids))
+    owner = torch.tensor(option_of_token)
+    is_prompt = owner[None, :] == -1
+    is_own_option = owner[:, None] == owner[None, :]
+    seen = (is_prompt | is_own_option).tril()
+    return SharedPrompt(torch.tensor(input_ids), torch.tensor(position_ids), seen, sources, targets, owners)
 
 
 @torch.no_grad()
-def score_batch(model, questions: list[dict]) -> list[list[list[float]]]:
+def score_together(model, questions: list[dict]) -> list[list[list[float]]]:
     """Log-probabilities: for each question, for each option, for each of its tokens."""
-    if has_virtual_tokens(model):
-        # Virtual tokens stand before a whole row, so each option needs a row of its own.
-        return [score_options_apart(model, question) for question in questions]
     rows = [lay_out(question) for question in questions]
-    longest = max(len(row["input_ids"]) for row in rows)
+    longest = max(len(row.input_ids) for row in rows)
     input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     position_ids = torch.zeros_like(input_ids)
     # Padding sees itself, because attention over nothing would be NaN.
     seen = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)
     for number, row in enumerate(rows):
-        length = len(row["input_ids"])
-        input_ids[number, :length], position_ids[number, :length] = row["input_ids"], row["position_ids"]
-        seen[number, :length, :length] = row["seen"]
+        length = len(row.input_ids)
+        input_ids[number, :length] = row.input_ids
+        position_ids[number, :length] = row.position_ids
+        seen[number, :length, :length] = row.seen
     # The head multiplies a position with the whole vocabulary: none before the first that predicts an option's token.
-    first = min(int(row["sources"][0]) for row in rows)
+    first = min(row.sources[0] for row in rows)
     logits = model(
         input_ids=input_ids.to(model.device),
         position_ids=position_ids.to(model.device),
-        attention_mask=seen[:, None].to(model.device),
+        attention_mask=make_mask(model, seen[:, None]),
         logits_to_keep=longest - first,
         use_cache=False,
     ).logits
-    numbers = torch.cat([torch.full_like(row["sources"], number) for number, row in enumerate(rows)])
-    sources = torch.cat([row["sources"] for row in rows]) - first
-    logits = logits[numbers.to(logits.device), sources.to(logits.device)].float()
-    targets = torch.cat([row["targets"] for row in rows]).to(logits.device)
-    log_probs = iter(logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0].tolist())
-    scores = [[[] for _ in question["options"]] for question in questions]
+    scores = []
     for number, row in enumerate(rows):
-        for option in row["owners"].tolist():
-            scores[number][option].append(next(log_probs))
+        places = [source - first for source in row.sources]
+        log_probs = logits[number, places].float().log_softmax(-1)
+        targets = torch.tensor(row.targets, device=log_probs.device)
+        of_targets = log_probs.gather(-1, targets[:, None])[:, 0].tolist()
+        of_options = [[] for _ in questions[number]["options"]]
+        for option, log_prob in zip(row.owners, of_targets, strict=True):
+            of_options[option].append(log_prob)
+        scores.append(of_options)
     return scores
 
 
-def score_options_apart(model, question: dict) -> list[list[float]]:
-    """As score_batch for one question, with prompt + option in a row of its own, padded on the right."""
+def make_mask(model, seen: torch.Tensor) -> torch.Tensor:
+    """`seen` [rows, 1, T, T] as the model's attention takes it: sdpa a truth value, eager a number that is added."""
+    if model.config._attn_implementation == "sdpa":
+        return seen.to(model.device)
+    mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
+    return mask.masked_fill(~seen.to(model.device), torch.finfo(model.dtype).min)
+
+
+@torch.no_grad()
+def score_apart(model, question: dict) -> list[list[float]]:
+    """The same for one question, with prompt + option in a row of its own, padded on the right."""
     prompt = question["input_ids"][: -len(question["options"][0])]
     rows = [torch.tensor(prompt + ids) for ids in question["options"]]
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -283,14 +412,59 @@ def score_options_apart(model, question: dict) -> list[list[float]]:
     return scores
 
 
+def can_share_prompt(model, questions: list[dict]) -> bool:
+    """Whether the options of a question can be scored in one row; else each gets a row of its own.
+
+    Virtual tokens stand before a whole row. A mask of ours would replace a sliding window. For all else (positions
+    that are not those that were passed, states that are handed on from token to token) the longest question is scored
+    in both ways, and must get the same scores.
+    """
+    if has_virtual_tokens(model):
+        return False
+    longest = max(questions, key=num_tokens_of)
+    window = shortest_window(model.config)
+    if num_tokens_of(longest) > window:
+        return False
+    try:
+        together = score_together(model, [longest])[0]
+    except (ValueError, TypeError, RuntimeError):  # a model that takes no mask for each pair of tokens
+        return False
+    apart = score_apart(model, longest)
+    tolerance = 1e-4
+    if model.dtype in (torch.bfloat16, torch.float16):
+        tolerance = 2e-2
+    for option, expected in zip(together, apart, strict=True):
+        difference = (torch.tensor(option) - torch.tensor(expected)).abs().max()
+        if not difference <= tolerance * torch.tensor(expected).abs().max():
+            return False
+    return True
+
+
+def num_tokens_of(question: dict) -> int:
+    """Tokens of a question with all its options."""
+    return len(question["input_ids"]) + sum(len(ids) for ids in question["options"])
+
+
+def shortest_window(config) -> float:
+    """The fewest tokens that a layer attends to, where layers do not see the whole row."""
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((window for window in windows if window), default=math.inf)
+
+
 def score_questions(model, questions: list[dict], batch_size: int) -> list[list[list[float]]]:
-    """score_batch of all questions, in their order; a batch has questions of similar length."""
-    lengths = [len(question["input_ids"]) + sum(map(len, question["options"])) for question in questions]
-    order, scores = sorted(range(len(lengths)), key=lambda i: -lengths[i]), [None] * len(lengths)
-    with tqdm(total=len(lengths), desc="evaluating", unit="question") as progress:
+    """Log-probabilities of all questions, in their order; a batch has questions of similar length."""
+    share_prompt = can_share_prompt(model, questions)
+    order = sorted(range(len(questions)), key=lambda i: -num_tokens_of(questions[i]))
+    scores = [None] * len(questions)
+    with tqdm(total=len(questions), desc="evaluating", unit="question") as progress:
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
-            for i, score in zip(numbers, score_batch(model, [questions[i] for i in numbers]), strict=True):
+            batch = [questions[i] for i in numbers]
+            if share_prompt:
+                batch_scores = score_together(model, batch)
+            else:
+                batch_scores = [score_apart(model, question) for question in batch]
+            for i, score in zip(numbers, batch_scores, strict=True):
                 scores[i] = score
             progress.update(len(numbers))
     return scores
@@ -310,59 +484,66 @@ def calibration_error(confidences: list[float], right: list[bool]) -> float:
 
     A confidence is the probability that the chosen option has among the options.
     """
-    bins = np.minimum((np.array(confidences) * NUM_BINS).astype(int), NUM_BINS - 1)
-    gaps = [abs(sum(c - r for c, r, b in zip(confidences, right, bins, strict=True) if b == number))
-            for number in range(NUM_BINS)]  # fmt: skip
-    return sum(gaps) / len(right)
+    gaps = [0.0] * NUM_BINS  # of each bin: sum of confidence - right
+    for confidence, is_right in zip(confidences, right, strict=True):
+        number = min(int(confidence * NUM_BINS), NUM_BINS - 1)
+        gaps[number] += confidence - is_right
+    return sum(abs(gap) for gap in gaps) / len(right)
 
 
 def read_options(question: dict, tokenizer, template: dict) -> tuple[list[str], list[int]]:
-    """The texts of the options, and the place that each has in the question: 0 for the first, A.
-
-    A tokenized set lists the right option first. Its place is found again where the prompt shows the options; letters
-    tell it themselves.
-    """
-    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in question["options"]]
-    if template.get("answer") == "letter":
-        return texts, ["ABCDE".index(text) for text in texts]
+    """The texts of the options, and the place that each has in the question: 0 for the first, A."""
+    texts = []
+    for ids in question["options"]:
+        texts.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
     prompt = tokenizer.decode(question["input_ids"][: -len(question["options"][0])])
-    lines = [re.escape(template.get("option", "{text}").format(text=text, letter="")) for text in texts]
-    found = [[match.start() for match in re.finditer(f"^{line}\\s*$", prompt, re.MULTILINE)] or [-1] for line in lines]
-    starts = [positions[-1] for positions in found]
-    return texts, [sorted(starts).index(start) for start in starts]
+    return texts, find_places(texts, prompt, template)
 
 
 def evaluate_choices(model, questions: list[dict], tokenizer, template: dict, batch_size: int) -> dict:
     """All figures of a multiple-choice set, and `examples` with what each question got."""
     scores = score_questions(model, questions, batch_size)
-    examples, confusion, confidences = [], {}, []
-    right_log_prob, right_tokens = 0.0, 0
+    examples = []
+    confusion = {}  # for each letter of a right option: how often each letter was chosen
+    confidences = []
+    right_log_prob = 0.0
+    right_tokens = 0
     for question, options in zip(questions, scores, strict=True):
         texts, places = read_options(question, tokenizer, template)
         sums = [sum(option[:-1]) for option in options]  # without the EOS, which says how long an answer should be
         means = [score / max(1, len(text)) for score, text in zip(sums, texts, strict=True)]
+        examples.append({
+            "right": is_best(sums),
+            "right_norm": is_best(means),
+            "places": places,
+            "scores": sums,
+            "norm": means,
+        })  # fmt: skip
         right_log_prob += sum(options[0])
         right_tokens += len(options[0])
-        chosen = sums.index(max(sums))
-        confidences.append(1 / sum(math.exp(score - max(sums)) for score in sums))
-        # The right option is listed first, so a tie must not count for it.
-        right, right_norm = (all(values[0] > other for other in values[1:]) for values in (sums, means))
-        row = confusion.setdefault("ABCDE"[places[0]], Counter())
-        row["ABCDE"[places[chosen]]] += 1
-        examples.append({"right": right, "right_norm": right_norm, "places": places, "scores": sums, "norm": means})
-    num = len(examples)
-    result = {"num_questions": num}
+        best = max(sums)
+        confidences.append(1 / sum(math.exp(score - best) for score in sums))
+        right_letter = LETTERS[places[0]]
+        chosen_letter = LETTERS[places[sums.index(best)]]
+        confusion.setdefault(right_letter, Counter())[chosen_letter] += 1
+    num_questions = len(examples)
+    result = {"num_questions": num_questions}
     for name, key in (("accuracy", "right"), ("accuracy_norm", "right_norm")):
         num_right = sum(example[key] for example in examples)
-        result |= {name: num_right / num, f"{name}_interval": list(wilson_interval(num_right, num))}
-    return result | {
-        "loss": -right_log_prob / right_tokens,
-        "calibration_error": calibration_error(confidences, [example["right"] for example in examples]),
-        "baseline_random": sum(1 / len(question["options"]) for question in questions) / num,
-        "baseline_majority": max(sum(row.values()) for row in confusion.values()) / num,
-        "confusion": {name: dict(sorted(confusion[name].items())) for name in sorted(confusion)},
-        "examples": examples,
-    }
+        result[name] = num_right / num_questions
+        result[f"{name}_interval"] = list(wilson_interval(num_right, num_questions))
+    result["loss"] = -right_log_prob / right_tokens
+    result["calibration_error"] = calibration_error(confidences, [example["right"] for example in examples])
+    result["baseline_random"] = sum(1 / len(question["options"]) for question in questions) / num_questions
+    result["baseline_majority"] = max(sum(row.values()) for row in confusion.values()) / num_questions
+    result["confusion"] = {name: dict(sorted(row.items())) for name, row in sorted(confusion.items())}
+    result["examples"] = examples
+    return result
+
+
+def is_best(scores: list[float]) -> bool:
+    """Whether the right option, which is listed first, won. A tie must not count for it."""
+    return all(scores[0] > other for other in scores[1:])
 
 
 def mcnemar(right_a: list[bool], right_b: list[bool]) -> dict:
@@ -383,61 +564,120 @@ def mcnemar(right_a: list[bool], right_b: list[bool]) -> dict:
 # -------------------------------------------------------------------------------------------------------------------
 
 
+def join_rows(model, rows: list[dict], vocab_size: int) -> bool:
+    """Whether the rows of a batch are joined into one, as in training; else they are padded, as for virtual tokens.
+
+    Gives the model the attention that training has, if it can have it.
+
+    Raises:
+        ValueError: the set is packed, so a row holds several documents, and this model would let them leak.
+    """
+    if has_virtual_tokens(model):
+        return False
+    base = model
+    if isinstance(model, PeftModel):
+        base = model.get_base_model()
+    own_attention = base.config._attn_implementation
+    data_collator.attend_inside_documents(base)
+    try:
+        data_collator.check_document_attention(model, vocab_size)
+    except (ValueError, TypeError) as problem:
+        base.set_attn_implementation(own_attention)
+        if "position_ids" in rows[0]:
+            raise ValueError(f"its rows hold several documents, and {loading.first_line(problem)}") from None
+        return False
+    return True
+
+
 @torch.no_grad()
-def score_targets(model, rows: list[dict[str, torch.Tensor]]) -> tuple[float, int, int]:
+def score_targets(model, rows: list[dict[str, torch.Tensor]], joined: bool) -> tuple[float, int, int]:
     """(summed negative log-likelihood in nats, tokens that the model finds likeliest, tokens) of the rows' targets."""
-    joined = not has_virtual_tokens(model)
-    batch = {name: tensor.to(model.device) for name, tensor in DataCollator(joined)(rows).items()}
+    batch = data_collator.move_to_device(DataCollator(joined)(rows), model.device)
     labels = batch.pop("labels")
     if joined:
         targets = batch.pop("shift_labels")[0]
-        logits = model(**batch, use_cache=False).logits[0].float()
+        logits = model(**batch, use_cache=False).logits[0]
     else:
-        logits = model(**batch, use_cache=False).logits[:, -labels.shape[1] :][:, :-1]
+        logits = model(**batch, use_cache=False).logits
+        logits = logits[:, -labels.shape[1] :]  # without the virtual tokens' own
         is_target = labels[:, 1:] != IGNORE_INDEX
-        logits, targets = logits[is_target].float(), labels[:, 1:][is_target]
-    nll = torch.nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="sum").item()
-    return nll, int((logits.argmax(-1) == targets.to(logits.device)).sum()), len(targets)
+        logits = logits[:, :-1][is_target]
+        targets = labels[:, 1:][is_target]
+    logits = logits.float()
+    targets = targets.to(logits.device)
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    num_likeliest = int((logits.argmax(-1) == targets).sum())
+    return losses.double().sum().item(), num_likeliest, len(targets)
 
 
 def cut_document(ids: list[int], window: int) -> list[dict[str, torch.Tensor]]:
     """Windows that overlap by half: each token but the first is a target once, with half a window or all before it."""
-    rows, done = [], 1
-    for start in range(0, max(1, len(ids) - window + window // 2), max(1, window // 2)):
+    rows = []
+    num_done = 1  # tokens that were a target, or the first one
+    step = max(1, window // 2)
+    start = 0
+    while start == 0 or num_done < len(ids):
         end = min(start + window, len(ids))
         labels = torch.full((end - start,), IGNORE_INDEX)
-        labels[done - start :] = torch.tensor(ids[done:end])
+        labels[num_done - start :] = torch.tensor(ids[num_done:end])
         rows.append({"input_ids": torch.tensor(ids[start:end]), "labels": labels})
-        done = end
+        num_done = end
+        start += step
     return rows
 
 
 def count_bytes(ids: list[int], tokenizer) -> int:
     """UTF-8 bytes of the text that the model had to predict: all but the first token's."""
-    texts = [tokenizer.decode(part, skip_special_tokens=True) for part in (ids, ids[:1])]
-    return len(texts[0].encode()) - len(texts[1].encode())
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    first = tokenizer.decode(ids[:1], skip_special_tokens=True)
+    return len(whole.encode()) - len(first.encode())
+
+
+def cut_at_zeros(row: dict) -> list[list[int]]:
+    """The ids of each document of a row; in a packed one, position_ids restart at 0 for each."""
+    ids = row["input_ids"]
+    position_ids = row.get("position_ids", [0])
+    starts = [i for i, position in enumerate(position_ids) if position == 0]
+    documents = []
+    for number, start in enumerate(starts):
+        end = len(ids)
+        if number + 1 < len(starts):
+            end = starts[number + 1]
+        documents.append(ids[start:end])
+    return documents
 
 
 def evaluate_targets(model, data: TestSet, args: Arguments) -> dict:
     """Loss and accuracy per target token; of documents also perplexity and bits per byte."""
-    rows, num_bytes = [], 0
+    rows = []
+    num_bytes = 0
     for row in data.rows:
-        starts = [i for i, position in enumerate(row.get("position_ids", [0])) if position == 0]
         if data.kind == "text":
-            for start, end in zip(starts, [*starts[1:], None], strict=True):
-                num_bytes += count_bytes(row["input_ids"][start:end], data.tokenizer)
+            for document in cut_at_zeros(row):
+                num_bytes += count_bytes(document, data.tokenizer)
         if "labels" in row:
             rows.append({name: torch.tensor(ids) for name, ids in row.items()})
         else:
             rows += cut_document(row["input_ids"], args.window)
-    total, right, num = 0.0, 0, 0
-    size = args.per_device_eval_batch_size
-    for start in tqdm(range(0, len(rows), size), desc="evaluating", unit="batch"):
-        figures = score_targets(model, rows[start : start + size])
-        total, right, num = total + figures[0], right + figures[1], num + figures[2]
-    result = {"num_rows": len(data.rows), "num_targets": num, "loss": total / num, "token_accuracy": right / num}
+    joined = join_rows(model, rows, model.config.vocab_size)
+    total_loss = 0.0
+    num_likeliest = 0
+    num_targets = 0
+    batch_size = args.per_device_eval_batch_size
+    for start in tqdm(range(0, len(rows), batch_size), desc="evaluating", unit="batch"):
+        loss, likeliest, targets = score_targets(model, rows[start : start + batch_size], joined)
+        total_loss += loss
+        num_likeliest += likeliest
+        num_targets += targets
+    result = {
+        "num_rows": len(data.rows),
+        "num_targets": num_targets,
+        "loss": total_loss / num_targets,
+        "token_accuracy": num_likeliest / num_targets,
+    }
     if data.kind == "text":
-        result |= {"perplexity": math.exp(total / num), "bits_per_byte": total / math.log(2) / num_bytes}
+        result["perplexity"] = math.exp(total_loss / num_targets)
+        result["bits_per_byte"] = total_loss / math.log(2) / num_bytes
     return result
 
 
@@ -446,18 +686,27 @@ def evaluate_targets(model, data: TestSet, args: Arguments) -> dict:
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def evaluate(args: Arguments, data: TestSet) -> dict:
+def evaluate(args: Arguments, run: Run) -> dict:
     """Loads the model and scores it; the result also says what was scored."""
-    model = load_model(args)
+    in_4bit = args.load_in_4bit and not loading.is_quantised(run.source.config)
+    model = load_model(run.source, in_4bit, args.use_cpu)
+    data = run.data
     if data.kind == "multiple_choice":
-        questions = [{"input_ids": join(data.shots, row["input_ids"], data.tokenizer), "options": row["options"]}
-                     for row in data.rows]  # fmt: skip
+        questions = []
+        for row in data.rows:
+            ids = join(data.shots, row["input_ids"], data.tokenizer)
+            questions.append({"input_ids": ids, "options": row["options"]})
         template = data.ledger.get("template", {})
         result = evaluate_choices(model, questions, data.tokenizer, template, args.per_device_eval_batch_size)
     else:
-        result = evaluate_targets(model, data, args)
+        try:
+            result = evaluate_targets(model, data, args)
+        except ValueError as problem:
+            raise ValueError(f"--dataset_path {args.dataset_path}: {problem}") from None
     facts = {"kind": data.kind, "dataset_input_sha256": data.ledger.get("input_sha256")}
-    return facts | result | {name: value for name, value in asdict(args).items() if name != "compare"}
+    settings = asdict(replace(args, model_path=run.source.model_path, peft_path=run.source.peft_path))
+    del settings["compare"]
+    return facts | result | settings
 
 
 def describe(result: dict) -> str:
@@ -467,9 +716,8 @@ def describe(result: dict) -> str:
         low, high = result["accuracy_interval"]
         return (f"accuracy {result['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}), "
                 f"loss {result['loss']:.4f}, {result['num_questions']} questions: {path}")  # fmt: skip
-    line = (
-        f"loss {result['loss']:.4f}, token accuracy {result['token_accuracy']:.1%}, {result['num_targets']:,} targets"
-    )
+    line = f"loss {result['loss']:.4f}, token accuracy {result['token_accuracy']:.1%}"
+    line += f", {result['num_targets']:,} targets"
     if result["kind"] == "text":
         line += f", perplexity {result['perplexity']:.3f}, {result['bits_per_byte']:.4f} bits per byte"
     return f"{line}: {path}"
@@ -481,7 +729,10 @@ def print_details(result: dict) -> None:
     print(f"length-normalised {result['accuracy_norm']:.1%} ({low:.1%} to {high:.1%}); calibration error "
           f"{result['calibration_error']:.3f}; always the commonest option {result['baseline_majority']:.1%}, random "
           f"{result['baseline_random']:.1%}")  # fmt: skip
-    names = sorted({name for row in result["confusion"].values() for name in row} | result["confusion"].keys())
+    names = set(result["confusion"])
+    for row in result["confusion"].values():
+        names.update(row)
+    names = sorted(names)
     print("right option by row, chosen by column\n   " + "".join(f"{name:>6}" for name in names))
     for name, row in result["confusion"].items():
         print(f"{name:3}" + "".join(f"{row.get(other, 0):>6}" for other in names))
@@ -498,28 +749,34 @@ COLUMNS = {  # of the Markdown table, for each kind of set
 def make_table(results: list[dict]) -> str:
     """A Markdown table with one row for each result."""
     columns = COLUMNS[results[0]["kind"]]
-    lines = [f"| model | set | shots | {' | '.join(column.replace('_', ' ') for column in columns)} |"]
-    lines.append("|---" * (len(columns) + 3) + "|")
+    titles = ["model", "set", "shots"]
+    titles += [column.replace("_", " ") for column in columns]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for result in results:
         cells = [result["peft_path"] or result["model_path"], Path(result["dataset_path"]).name, str(result["shots"])]
-        for column in columns:
-            value = result[column]
-            if isinstance(value, list):
-                cells.append(f"{value[0]:.1%} to {value[1]:.1%}")
-            elif isinstance(value, int):
-                cells.append(f"{value:,}")
-            else:
-                cells.append(f"{value:.1%}" if "accuracy" in column or "baseline" in column else f"{value:.4f}")
+        cells += [format_cell(column, result[column]) for column in columns]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def format_cell(column: str, value) -> str:
+    if isinstance(value, list):
+        return f"{value[0]:.1%} to {value[1]:.1%}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if "accuracy" in column or "baseline" in column:
+        return f"{value:.1%}"
+    return f"{value:.4f}"
+
+
 def find_output(args: Arguments) -> Path:
     """--output, or evaluation.json in the run's folder; a model that no script trained gets a file in outputs/."""
-    run = Path(args.peft_path or args.model_path)
     if args.output:
         return Path(args.output)
-    return (run if (run / "run.json").is_file() else Path("outputs") / run.name) / "evaluation.json"
+    run = Path(args.peft_path or args.model_path)
+    if (run / "run.json").is_file():
+        return run / "evaluation.json"
+    return Path("outputs") / run.name / "evaluation.json"
 
 
 def write(path: Path, text: str) -> None:
@@ -528,13 +785,13 @@ def write(path: Path, text: str) -> None:
     os.replace(f"{path}.tmp", path)
 
 
-def evaluate_checkpoints(args: Arguments, data: TestSet) -> list[dict]:
+def evaluate_checkpoints(args: Arguments, runs: list[Run]) -> list[dict]:
     """One result for each checkpoint, with its `step`."""
-    results, name = [], "peft_path" if args.peft_path else "model_path"
-    for folder in list_checkpoints(args):
-        result = evaluate(replace(args, **{name: str(folder)}), data)
-        results.append({"step": int(folder.name.removeprefix("checkpoint-"))} | result)
-        print(describe(results[-1]))
+    results = []
+    for run in runs:
+        result = evaluate(args, run)
+        results.append({"step": step_of(Path(result["peft_path"] or result["model_path"]))} | result)
+        print(describe(result))
     return results
 
 
@@ -545,12 +802,15 @@ def plot(results: list[dict], path: Path) -> None:
     matplotlib.use("agg")  # no window
     from matplotlib import pyplot
 
-    name = "accuracy" if "accuracy" in results[0] else "loss"
-    steps, values = [result["step"] for result in results], [result[name] for result in results]
+    name = "loss"
+    if "accuracy" in results[0]:
+        name = "accuracy"
+    steps = [result["step"] for result in results]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(steps, values, marker="o")
+    axes.plot(steps, [result[name] for result in results], marker="o")
     if name == "accuracy":
-        lows, highs = zip(*(result["accuracy_interval"] for result in results), strict=True)
+        lows = [result["accuracy_interval"][0] for result in results]
+        highs = [result["accuracy_interval"][1] for result in results]
         axes.fill_between(steps, lows, highs, alpha=0.2, label="95 % interval")
         axes.axhline(results[0]["baseline_majority"], linestyle="--", color="grey", label="commonest option")
         axes.legend()
@@ -559,77 +819,80 @@ def plot(results: list[dict], path: Path) -> None:
     os.replace(f"{path}.tmp", path)
 
 
-def read_result(path: Path) -> dict | None:
+def read_result(path: Path) -> dict:
+    """What a former evaluation wrote. Raises ValueError if it is no evaluation of a multiple-choice set."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        return None
+        result = None
+    if not isinstance(result, dict) or "examples" not in result:
+        raise ValueError("it has no examples; compare evaluations of questions with options")
+    return result
 
 
-def evaluate_run(args: Arguments, folder: str) -> dict:
-    """The result of an adapter's or a whole model's folder."""
-    adapter = Path(folder) / "adapter_config.json"
-    run = replace(args, model_path=folder, peft_path=None)
-    if adapter.is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        run = replace(args, model_path=base, peft_path=folder)
-    try:
-        data = read_set(run)
-    except (ValueError, OSError) as problem:
-        raise ValueError(f"--compare {folder}, --dataset_path {args.dataset_path}: {problem}") from None
-    return evaluate(run, data)
-
-
-def compare(args: Arguments) -> dict:
+def compare(args: Arguments, runs: list[Run | None]) -> dict:
     """Scores both runs, or reads what a former evaluation wrote, and tests whether they differ.
 
     Raises:
-        ValueError: a file is no evaluation of a multiple-choice set, or the two have other questions.
+        ValueError: the two have other questions.
     """
     results = []
-    for path in args.compare:
-        result = read_result(Path(path)) if Path(path).is_file() else evaluate_run(args, path)
-        if not isinstance(result, dict) or "examples" not in result:
-            raise ValueError(f"--compare {path}: it has no examples; compare evaluations of questions with options")
+    for path, run in zip(args.compare, runs, strict=True):
+        if run is None:
+            result = read_result(Path(path))
+        else:
+            result = evaluate(args, run)
         results.append(result)
         print(describe(result))
     a, b = results
-    if any(a[name] != b[name] for name in ("num_questions", "dataset_input_sha256", "shots")):
-        raise ValueError("--compare: the two were scored on other questions or with other shots")
-    test = mcnemar(*([example["right"] for example in result["examples"]] for result in results))
-    verdict = "the difference is real" if test["p"] < 0.05 else "the difference may be chance"
+    for name in ("num_questions", "dataset_input_sha256", "shots"):
+        if a[name] != b[name]:
+            raise ValueError("--compare: the two were scored on other questions or with other shots")
+    test = mcnemar([example["right"] for example in a["examples"]], [example["right"] for example in b["examples"]])
+    test["verdict"] = "the difference may be chance"
+    if test["p"] < 0.05:
+        test["verdict"] = "the difference is real"
     print(f"only the first is right: {test['only_a']}, only the second: {test['only_b']}; exact McNemar p = "
-          f"{test['p']:.2g}: {verdict}")  # fmt: skip
-    return {"mcnemar": test | {"verdict": verdict}, "a": a, "b": b}
+          f"{test['p']:.2g}: {test['verdict']}")  # fmt: skip
+    return {"mcnemar": test, "a": a, "b": b}
 
 
-def main() -> None:
-    parser = HfArgumentParser(Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
-    try:
-        (args,) = parser.parse_args_into_dataclasses()
-        data = check_arguments(args)
-        output = find_output(args)
-        if args.compare:
-            comparison = compare(args)
-            if args.output:
-                write(output, json.dumps(comparison))
-            return
-        results = evaluate_checkpoints(args, data) if args.all_checkpoints else [evaluate(args, data)]
-    except ValueError as mistakes:
-        sys.exit(f"error: {mistakes}\n--help lists every flag with its default")
-    table = make_table(results)
-    if not args.all_checkpoints:
-        print(describe(results[0]))
-    if data.kind == "multiple_choice":
+def report(args: Arguments, results: list[dict], output: Path) -> None:
+    """Prints the rest of the results, and writes evaluation.json, the table and the plot."""
+    if results[0]["kind"] == "multiple_choice":
         print_details(results[-1])
+    table = make_table(results)
     print(table, end="")
-    write(output, json.dumps({"checkpoints": results} if args.all_checkpoints else results[0]))
+    if args.all_checkpoints:
+        write(output, json.dumps({"checkpoints": results}))
+    else:
+        write(output, json.dumps(results[0]))
     write(output.with_suffix(".md"), table)
     if args.all_checkpoints and find_spec("matplotlib") is None:
         print("no PNG: pip install matplotlib")
     elif args.all_checkpoints:
         plot(results, output.with_suffix(".png"))
     print(f"written: {output}")
+
+
+def main() -> None:
+    parser = HfArgumentParser(Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
+    try:
+        (args,) = parser.parse_args_into_dataclasses()
+        runs = check_arguments(args)
+        if args.compare:
+            comparison = compare(args, runs)
+            if args.output:
+                write(Path(args.output), json.dumps(comparison))
+            return
+        if args.all_checkpoints:
+            results = evaluate_checkpoints(args, runs)
+        else:
+            results = [evaluate(args, runs[0])]
+            print(describe(results[0]))
+    except ValueError as mistakes:
+        sys.exit(f"error: {mistakes}\n--help lists every flag with its default")
+    report(args, results, find_output(args))
 
 
 if __name__ == "__main__":

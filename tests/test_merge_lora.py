@@ -1,6 +1,5 @@
 """tools/merge_lora.py: the merged folder and the GGUF file are base + adapter, and nothing else is ever written."""
 
-import importlib.util
 import json
 import os
 import re
@@ -12,18 +11,13 @@ import peft
 import pytest
 import torch
 from conftest import ROOT, make_tokenizer, random_rows, run_script, save_rows, save_tiny_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import data_collator
 import finetune_pp_peft
 import test_sample
-
-spec = importlib.util.spec_from_file_location("merge_lora", ROOT / "tools" / "merge_lora.py")
-merge_lora = importlib.util.module_from_spec(spec)
-sys.modules["merge_lora"] = merge_lora
-spec.loader.exec_module(merge_lora)
+from tools import gguf_export, merge_lora
 
 PROMPTS = [[1, 40, 50, 60], [1, 99], [1, 7, 8, 9, 10, 11]]
 
@@ -58,18 +52,24 @@ def load(folder, **options):
 def test_the_same_greedy_tokens_wherever_the_adapter_goes(mode, tiny_model, tmp_path, monkeypatch):
     """Training process, reloaded folder and, for LoRA, merged folder and GGUF f32; or the two best logits are a tie."""
     rows = save_rows(random_rows(16), tmp_path / "set", {"sha256": "x", "template": {"format": "text", "chat": False}})
-    args = finetune_pp_peft.Arguments(
-        model_path=str(tiny_model), dataset_path=str(rows), output_dir=str(tmp_path / "run"), peft_mode=mode,
-        max_steps=3, learning_rate=0.05, num_virtual_tokens=4, lora_dropout=0.0, report_to="none", use_cpu=True,
-        bf16="False", mapping_hidden_dim=1024 if mode == "prompt" else 16,
-    )  # fmt: skip
-    config, tokenizer, sampler, eval_dataset, checkpoint = finetune_pp_peft.check_arguments(args)
-    torch.manual_seed(0)
-    cpu = torch.device("cpu")
-    model = finetune_pp_peft.load_model(args, config, [cpu], False)
-    finetune_pp_peft.train(args, model, tokenizer, sampler, eval_dataset, checkpoint, cpu, False)
-    finetune_pp_peft.save_model(model, tokenizer, tmp_path / "run")
-    data_collator.write_receipt(tmp_path / "run", {}, sampler, ["cpu"], {})
+    flags = ["--model_path", tiny_model, "--dataset_path", rows, "--output_dir", tmp_path / "run", "--peft_mode", mode]
+    flags += ["--max_steps", 3, "--learning_rate", 0.05, "--lora_dropout", 0, "--report_to", "none"]
+    flags += ["--use_cpu", "True", "--bf16", "False", "--num_virtual_tokens", 4]
+    if mode != "prompt":
+        flags += ["--mapping_hidden_dim", 16]
+    trained = []
+    save_model = finetune_pp_peft.save_model
+
+    def remember(model, *context):
+        trained.append(model)
+        save_model(model, *context)
+
+    monkeypatch.setattr(finetune_pp_peft, "save_model", remember)
+    monkeypatch.setattr(sys, "argv", ["finetune_pp_peft.py", *map(str, flags)])
+    finetune_pp_peft.main()
+    model = trained[-1]
+    model.get_base_model().set_attn_implementation("sdpa")  # that of training takes joined rows only
+    tokenizer = make_tokenizer()
 
     others = {"reloaded": peft.PeftModel.from_pretrained(load(tiny_model), tmp_path / "run").eval()}
     if mode == "lora":
@@ -197,12 +197,12 @@ def test_a_sentencepiece_tokenizer_gets_scores_in_the_order_of_its_merges():
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.ByteFallback()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    described = merge_lora.describe_tokenizer(tokenizer, len(vocab) + 2)
-    assert described["model"] == "llama" and described["space"] is True
-    assert described["scores"][vocab.index("ab")] > described["scores"][vocab.index("▁ab")]
-    kinds = [described["types"][vocab.index(token)].name for token in ("<unk>", "</s>", "<0x0A>", "ab")]
+    described = gguf_export.describe_tokenizer(tokenizer, len(vocab) + 2)
+    assert described.model == "llama" and described.space_prefix is True
+    assert described.scores[vocab.index("ab")] > described.scores[vocab.index("▁ab")]
+    kinds = [described.types[vocab.index(token)].name for token in ("<unk>", "</s>", "<0x0A>", "ab")]
     assert kinds == ["UNKNOWN", "CONTROL", "BYTE", "NORMAL"]
-    assert described["tokens"][-1].startswith("[PAD") and described["types"][-1].name == "UNUSED"
+    assert described.tokens[-1].startswith("[PAD") and described.types[-1].name == "UNUSED"
 
 
 def test_the_rotary_scaling_of_llama_3_is_written(tmp_path, monkeypatch):
@@ -244,13 +244,14 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(tiny_model, tmp_path, 
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     message = stop_message(monkeypatch, *flags, "--model_path", other)
     assert "its vocabulary is not that of" in message and str(tiny_model) in message and str(other) in message
-    wide = load_file(other / "model.safetensors")
-    wide["model.layers.0.mlp.up_proj.weight"] = torch.zeros(65, 32)
-    save_file(wide, other / "model.safetensors")
-    message = stop_message(monkeypatch, *flags, "--model_path", other)
-    assert "model.layers.0.mlp.up_proj does not fit --model_path" in message and str(tiny_model) in message
-
     config = json.loads((other / "config.json").read_text())
+    wide = LlamaConfig(**config | {"intermediate_size": 72})
+    LlamaForCausalLM(wide).save_pretrained(tmp_path / "wide")
+    message = stop_message(monkeypatch, *flags, "--model_path", tmp_path / "wide")
+    assert "layers.0.mlp.down_proj.lora_A.weight has shape [8, 64], and --model_path" in message
+    assert "needs [8, 72]" in message and str(tiny_model) in message
+
+    make_tokenizer().save_pretrained(other)
     (other / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes",
                                                                                   "load_in_4bit": True}}))  # fmt: skip
     assert "its weights are quantised" in stop_message(monkeypatch, *flags, "--model_path", other)
@@ -269,21 +270,17 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(tiny_model, tmp_path, 
         assert part in message
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    assert "damaged" in stop_message(monkeypatch, *flags)
+    assert "adapter_model.safetensors is cut off" in stop_message(monkeypatch, *flags)
     file.rename(file.with_name("adapter_model.bin"))
-    assert "save the adapter as safetensors" in stop_message(monkeypatch, *flags)
+    assert "only safetensors are read here" in stop_message(monkeypatch, *flags)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
 def test_logits_that_differ_leave_no_folder(tiny_model, tmp_path, monkeypatch):
     """The check is real: a merge with a wrong factor is found and thrown away."""
     save_adapter(tiny_model, tmp_path / "adapter")
-    read_deltas = merge_lora.read_deltas
-
-    def wrong_factor(*context):
-        return {name: (a, b, scale * 1.001) for name, (a, b, scale) in read_deltas(*context).items()}
-
-    monkeypatch.setattr(merge_lora, "read_deltas", wrong_factor)
+    alpha_of = merge_lora.alpha_of
+    monkeypatch.setattr(merge_lora, "alpha_of", lambda *context: alpha_of(*context) * 1.001)
     message = stop_message(monkeypatch, "--peft_path", tmp_path / "adapter", "--output", tmp_path / "out")
     assert "are off by" in message
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))

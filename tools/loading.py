@@ -537,23 +537,33 @@ def fit_vocabulary(adapter: Adapter, model_path: str, model: transformers.PreTra
         ValueError: the adapter was trained with more tokens, and does not bring their weights.
     """
     num_rows = model.get_input_embeddings().weight.shape[0]
+    trained_rows = {}  # of embedding and head, where the adapter's file says so
+    has_whole_weight = set()
+    names = {}
     for name, module in model.named_modules():
-        is_embedding = module is model.get_input_embeddings()
-        if not is_embedding and module is not model.get_output_embeddings():
-            continue
+        if module is model.get_input_embeddings() or module is model.get_output_embeddings():
+            names[name] = module
+    for name, module in names.items():
         start = f"{PEFT_PREFIX}{name}"
-        whole = adapter.shapes.get(f"{start}.weight") or adapter.shapes.get(f"{start}.base_layer.weight")
-        if whole and whole[0] != num_rows:
-            with quiet_transformers():
-                model.resize_token_embeddings(whole[0], mean_resizing=False)
-            return whole[0]
-        rows_of_lora = adapter.shapes.get(f"{start}.lora_B.weight", (num_rows,))[0]
-        if is_embedding:
-            rows_of_lora = adapter.shapes.get(f"{start}.lora_embedding_A", (0, num_rows))[1]
-        if rows_of_lora != num_rows and not whole:
-            raise ValueError(f"it was trained with {rows_of_lora} tokens on {name}, --model_path {model_path} has "
-                             f"{num_rows}, and the weights of the others are not in its file")  # fmt: skip
-    return num_rows
+        for ending in (".weight", ".base_layer.weight"):
+            if f"{start}{ending}" in adapter.shapes:
+                trained_rows[name] = adapter.shapes[f"{start}{ending}"][0]
+                has_whole_weight.add(name)
+        if f"{start}.lora_embedding_A" in adapter.shapes:
+            trained_rows[name] = adapter.shapes[f"{start}.lora_embedding_A"][1]
+        elif f"{start}.lora_B.weight" in adapter.shapes and module is model.get_output_embeddings():
+            trained_rows[name] = adapter.shapes[f"{start}.lora_B.weight"][0]
+    new_num_rows = max(trained_rows.values(), default=num_rows)
+    if new_num_rows == num_rows:
+        return num_rows
+    is_tied = model.config.tie_word_embeddings and bool(has_whole_weight)
+    for name in names:
+        if name not in has_whole_weight and not is_tied:
+            raise ValueError(f"it was trained with {new_num_rows} tokens, --model_path {model_path} has {num_rows}, "
+                             f"and the new weights of {name} are not in its file")  # fmt: skip
+    with quiet_transformers():
+        model.resize_token_embeddings(new_num_rows, mean_resizing=False)
+    return new_num_rows
 
 
 def adapter_shapes(adapter: Adapter, skeleton: transformers.PreTrainedModel) -> dict[str, tuple[int, ...]]:

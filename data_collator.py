@@ -397,7 +397,7 @@ def num_targets(batch: dict[str, torch.Tensor]) -> int:
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def attend_inside_documents(model: torch.nn.Module) -> None:
+def attend_inside_documents(model: torch.nn.Module, is_compiled: bool = False) -> None:
     """Lets `model` compute attention inside the documents of padding-free batches, without a mask over the joined row.
 
     A dense mask over a joined row would have most of the work thrown away. A model whose attention is not to be
@@ -410,7 +410,11 @@ def attend_inside_documents(model: torch.nn.Module) -> None:
     # Private in transformers, which has no public question for it: whether layers call the AttentionInterface.
     if model._supports_attention_backend and model.config._attn_implementation == "sdpa":
         # No mask function is registered under this name, so transformers makes no mask.
-        AttentionInterface.register("documents", document_attention)
+        attention = document_attention
+        if is_compiled and not torch.cuda.is_available():
+            # torch.compile is to leave the loop over documents alone: it would compile again for each set of lengths.
+            attention = torch.compiler.disable(document_attention)
+        AttentionInterface.register("documents", attention)
         model.set_attn_implementation("documents")
 
 
@@ -473,8 +477,6 @@ def varlen_attention(query, key, value, scaling, cu_seq_lens, max_length, slidin
     return output[None]
 
 
-# torch.compile leaves it as it is: else it would compile again for each new set of lengths.
-@torch.compiler.disable
 def one_document_after_the_other(query, key, value, scaling, dropout, cu_seq_lens, sliding_window) -> torch.Tensor:
     """The same on a CPU, in float32, or on older GPUs, by scaled_dot_product_attention for each document."""
     num_groups = query.shape[1] // key.shape[1]

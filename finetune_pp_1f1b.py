@@ -17,6 +17,7 @@ last run.json (the receipt). SIGTERM saves a checkpoint and ends.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -254,7 +255,7 @@ def check_attention(kernel: str, config, args: Arguments) -> None:
 def make_skeleton(config, kernel: str | None = None) -> torch.nn.Module:
     """The model without weights: its names and shapes."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=kernel)  # it writes into it
 
 
 def computes_in_bf16(args: Arguments) -> bool:
@@ -298,7 +299,7 @@ def add_adapter(args: Arguments, model: torch.nn.Module) -> peft.PeftModel:
     return peft.get_peft_model(model, config)
 
 
-def place_layers(num_layers: int, num_stages: int, head_cost: float) -> list[range]:
+def place_on_stages(num_layers: int, num_stages: int, head_cost: float) -> list[range]:
     """The layers of each stage: contiguous blocks, such that the slowest stage is as fast as possible.
 
     Args:
@@ -394,7 +395,7 @@ def balance_layers(args: Arguments, config, rows: TrainingRows) -> range:
     labels = make_batch(args, rows.step(0), args.per_device_train_batch_size)["labels"]
     target_share = (labels != IGNORE_INDEX).float().mean().item()
     head_cost = target_share * head_size / layer_size
-    return place_layers(config.num_hidden_layers, dist.get_world_size(), head_cost)[dist.get_rank()]
+    return place_on_stages(config.num_hidden_layers, dist.get_world_size(), head_cost)[dist.get_rank()]
 
 
 def load_stage(args: Arguments, config, rows: TrainingRows, device: torch.device):
@@ -429,7 +430,7 @@ def load_stage(args: Arguments, config, rows: TrainingRows, device: torch.device
     )
     check_loading(args, loading)
     if args.attn_implementation == "auto" and args.padding_free:
-        data_collator.attend_inside_documents(stage)
+        data_collator.attend_inside_documents(stage, args.torch_compile)
     if args.gradient_checkpointing:
         stage.activation_checkpointing_enable({"use_reentrant": False})
     if args.torch_compile:

@@ -11,6 +11,7 @@ loss curve), runs/ (TensorBoard) and last run.json (the receipt). SIGTERM or Ctr
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -231,7 +232,7 @@ def check_attention(kernel: str, config, args: Arguments) -> None:
 def make_skeleton(config, kernel: str | None = None) -> torch.nn.Module:
     """The model without weights: its names and shapes."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=kernel)  # it writes into it
 
 
 def computes_in_bf16(args: Arguments) -> bool:
@@ -285,12 +286,12 @@ def make_device_map(config, devices: list[torch.device]) -> dict[str, torch.devi
             device_map[name] = device
         start += size
     for name, module in modules.items():
-        if name.startswith(tuple(layers)) or any(module.children()):
+        if name.startswith(tuple(layers)) or list(module.children()):
             continue
         is_tied_head = module is skeleton.get_output_embeddings() and config.tie_word_embeddings
         is_embedding = module is skeleton.get_input_embeddings() or is_tied_head
         device_map[name] = devices[-1]
-        if is_embedding or not any(module.parameters()):
+        if is_embedding or not list(module.parameters()):
             device_map[name] = devices[0]
     return device_map
 
@@ -367,7 +368,7 @@ def load_model(args: Arguments, config, devices: list[torch.device]) -> peft.Pef
     )
     check_loading(args, loading)
     if args.attn_implementation == "auto" and args.padding_free:
-        data_collator.attend_inside_documents(base)
+        data_collator.attend_inside_documents(base, args.torch_compile)
     model = add_adapter(args, base)
     if args.peft_path:
         load_adapter(model, Path(args.peft_path))
@@ -532,7 +533,8 @@ def train(args: Arguments, model, compute_loss, tokenizer, rows, eval_dataset, c
 
         num_tokens = rows.num_tokens(step)
         step += 1
-        is_last = step == rows.num_steps or terminated.is_set()
+        is_stopped = terminated.is_set()  # asked once: a signal may come at any time, and the step must be saved
+        is_last = step == rows.num_steps or is_stopped
         state["global_step"] = step
         state["num_input_tokens_seen"] += num_tokens
         log = {
@@ -553,7 +555,7 @@ def train(args: Arguments, model, compute_loss, tokenizer, rows, eval_dataset, c
             write_curve(writer, log)
         if step % args.save_steps == 0 or is_last:
             save_checkpoint(args, model, tokenizer, optimizer, lr_scheduler, rows, state, devices)
-        if terminated.is_set() and step < rows.num_steps:
+        if is_stopped and step < rows.num_steps:
             sys.exit(f"SIGTERM: step {step} is saved; --resume_from_checkpoint True goes on from there")
     if writer:
         writer.close()

@@ -14,6 +14,7 @@ Writes into --output_dir: the model in Hugging Face's format and the tokenizer, 
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -212,7 +213,7 @@ def check_attention(kernel: str, config, args: Arguments) -> None:
 def make_skeleton(config, kernel: str | None = None) -> torch.nn.Module:
     """The model without weights: its names and shapes."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=kernel)  # it writes into it
 
 
 def computes_in_bf16(args: Arguments) -> bool:
@@ -320,7 +321,7 @@ def load_model(args: Arguments, checkpoint: Path | None) -> torch.nn.Module:
     )
     check_loading(args, loading)
     if args.attn_implementation == "auto" and args.padding_free:
-        data_collator.attend_inside_documents(model)
+        data_collator.attend_inside_documents(model, args.torch_compile)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if args.torch_compile:

@@ -16,6 +16,7 @@ and ends.
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import math
@@ -275,7 +276,7 @@ def check_attention(kernel: str, config, args: Arguments) -> None:
 def make_skeleton(config, kernel: str | None = None) -> torch.nn.Module:
     """The model without weights: its names and shapes."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=kernel)  # it writes into it
 
 
 def computes_in_bf16(args: Arguments) -> bool:
@@ -435,7 +436,7 @@ def load_model(args: Arguments) -> torch.nn.Module:
     )
     check_loading(args, loading)
     if args.attn_implementation == "auto" and args.padding_free:
-        data_collator.attend_inside_documents(model)
+        data_collator.attend_inside_documents(model, args.torch_compile)
     if args.torch_compile:
         compile_layers(model)
     if args.lora_used:

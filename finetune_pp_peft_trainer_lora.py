@@ -13,6 +13,7 @@ loss curve), runs/ (TensorBoard) and last run.json (the receipt). SIGTERM saves 
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -254,7 +255,7 @@ def check_attention(kernel: str, config, args: Arguments) -> None:
 def make_skeleton(config, kernel: str | None = None) -> torch.nn.Module:
     """The model without weights: its names and shapes."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=kernel)  # it writes into it
 
 
 def computes_in_bf16(args: Arguments) -> bool:
@@ -424,7 +425,7 @@ def load_model(args: Arguments, checkpoint: Path | None) -> peft.PeftModel:
     )
     check_loading(args, loading)
     if args.attn_implementation == "auto" and args.padding_free:
-        data_collator.attend_inside_documents(base)
+        data_collator.attend_inside_documents(base, args.torch_compile)
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Else bitsandbytes would repack the frozen weights at the first evaluation, rounded to bf16 and for good.

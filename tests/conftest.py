@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,29 +10,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are no package: tests import them as a reader runs them, from the root
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network would hang elsewhere
-# For programs that tests start (not for the workers of xdist, which inherit the environment, too): see the file there.
-WITHOUT_BITSANDBYTES = {"PYTHONPATH": str(ROOT / "tests" / "without_bitsandbytes")}
 
 import torch  # noqa: E402
 from datasets import Dataset, Features, Sequence, Value  # noqa: E402
+from harness import WITHOUT_BITSANDBYTES, run_script  # noqa: E402, F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 IGNORE_INDEX = -100
-
-
-def run_script(*command, check: bool = True, **environment) -> subprocess.CompletedProcess:
-    """Starts a script of the toolkit as a user would: `run_script("finetune_pp.py", "--max_steps", 3)`."""
-    completed = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | WITHOUT_BITSANDBYTES | environment,
-        capture_output=True,
-        text=True,
-    )
-    if check and completed.returncode != 0:
-        pytest.fail(f"{' '.join(map(str, command))}\n{completed.stdout}\n{completed.stderr}")
-    return completed
 
 
 def make_tokenizer(adds_bos: bool = True) -> PreTrainedTokenizerFast:

@@ -1,6 +1,6 @@
 """The pipeline over processes: it trains what one process trains, for any number of stages, and all ranks end together.
 
-Runs are started as in test_trainers.py: forked from a process that has imported the scripts, or by torchrun.
+Runs are started by tests/harness.py: forked from a process that has imported the scripts, or by torchrun.
 """
 
 import itertools
@@ -18,11 +18,7 @@ import pytest
 import test_trainers
 import torch
 from conftest import ROOT, make_tokenizer, random_rows, run_script, save_rows, save_tiny_model
-from safetensors import safe_open
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_equivalence import ASSERTED, MODES, deviations, pack, weights_before
-from test_launchers import command_of, text_of
-from test_trainers import (
+from harness import (
     NUM_STEPS,
     STRATEGIES,
     Runs,
@@ -31,9 +27,13 @@ from test_trainers import (
     kill,
     losses_of,
     newest_complete,
-    steps_with,
+    steps_in,
     weights_of,
 )
+from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_equivalence import ASSERTED, MODES, deviations, pack, weights_before
+from test_launchers import command_of, text_of
 from transformers import (
     AutoModelForCausalLM,
     MistralConfig,
@@ -47,10 +47,8 @@ from transformers import (
 import data_collator
 import finetune_pp
 import finetune_pp_1f1b
-from finetune_pp_1f1b import place_layers
+from finetune_pp_1f1b import place_on_stages
 
-STRATEGIES["1F1B"] = ("finetune_pp_1f1b", [])
-STRATEGIES["1F1B+LoRA"] = ("finetune_pp_1f1b", ["--lora_used", "True"])
 # Eight rows a step in four micro-batches, over an epoch end with a short window; every step has another length.
 RUN = ["--num_train_epochs", 2, "--weight_decay", 0.1, "--eval_dataset_path", "{eval}", "--eval_steps", 2]
 MICRO = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4, "--per_device_eval_batch_size", 2]
@@ -116,20 +114,24 @@ def test_any_number_of_stages_trains_what_one_process_trains(num_ranks, lora, ro
 
 def dump_gradients(module, folder) -> None:
     """A probe: each rank writes the gradients of the first step by name, before the optimizer has them."""
-    original = module.make_optimizer
+    make_optimizer, find_weights, found = module.make_optimizer, module.find_weights, []
 
-    def make_optimizer(args, stage, num_steps):
-        optimizer, lr_scheduler = original(args, stage, num_steps)
+    def remember(*args):
+        found.append(find_weights(*args))
+        return found[0]
+
+    def make_dumping_optimizer(args, stage):
+        optimizer = make_optimizer(args, stage)
 
         def dump(*_):
             path = folder / f"gradients-{stage.rank}.pt"
             if not path.exists():
-                torch.save({name: weight.grad.clone() for name, weight in stage.trained.items()}, path)
+                torch.save({name: weight.grad.clone() for name, weight in found[0].trained.items()}, path)
 
         optimizer.register_step_pre_hook(dump)
-        return optimizer, lr_scheduler
+        return optimizer
 
-    module.make_optimizer = make_optimizer
+    module.make_optimizer, module.find_weights = make_dumping_optimizer, remember
 
 
 @pytest.mark.parametrize(("num_ranks", "tied"), [(2, True), slow(3, False), slow(3, True), slow(4, False)])
@@ -145,11 +147,12 @@ def test_the_gradients_of_the_first_step_are_those_of_one_process_tensor_by_tens
 
     given = runs.flags("plain", tmp_path / "none", *flags, "--per_device_train_batch_size", 8)
     (args,) = finetune_pp.HfArgumentParser(finetune_pp.Arguments).parse_args_into_dataclasses(given)
-    config, _, sampler, _, _ = finetune_pp.check_arguments(args)
+    config, _, rows, _, _ = finetune_pp.check_arguments(args)
     cpu = torch.device("cpu")
     model = finetune_pp.load_model(args, config, None, [cpu])
-    batch = data_collator.DataCollator(True)(sampler.rows_of(0))
-    finetune_pp.forward(model, batch, cpu, False, data_collator.num_targets(batch)).backward()
+    batch = data_collator.DataCollator(True)(rows.step(0))
+    loss = finetune_pp.forward(args, model, finetune_pp.choose_loss(args, model, rows), batch, cpu)
+    (loss / data_collator.num_targets(batch)).backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -202,8 +205,8 @@ def test_one_rank_shows_progress_and_the_run_folder_is_that_of_one_process(strat
     assert names == expected and "run.json" in names
     checkpoint = tmp_path / "run" / f"checkpoint-{len(losses_of(tmp_path / 'run'))}"
     stages = {f"stage-{i:05}-of-00002.safetensors" for i in (1, 2)}
-    assert {path.name for path in checkpoint.iterdir()} == stages | {"trainer_state.json", "complete.json"}
-    assert data_collator.find_damage(checkpoint) is None
+    assert {path.name for path in checkpoint.iterdir()} == stages | {"trainer_state.json", "settings.json"}
+    assert finetune_pp_1f1b.find_damage(checkpoint) is None
 
     (events,) = (tmp_path / "run" / "runs").iterdir()  # of one rank
     curve = EventAccumulator(str(events)).Reload()
@@ -272,7 +275,7 @@ def test_no_other_cut_is_faster_and_equal_ones_are_preferred():
     for num_layers, num_stages, head in itertools.product(range(1, 9), range(1, 5), (0, 0.3, 1, 2.5, 20)):
         if num_stages > num_layers:
             continue
-        blocks = place_layers(num_layers, num_stages, head)
+        blocks = place_on_stages(num_layers, num_stages, head)
         assert [i for block in blocks for i in block] == list(range(num_layers))
         assert len(blocks) == num_stages and all(blocks)
 
@@ -283,8 +286,8 @@ def test_no_other_cut_is_faster_and_equal_ones_are_preferred():
         sizes = [[b - a for a, b in itertools.pairwise([0, *cut, num_layers])] for cut in cuts]
         if num_stages > 1:
             assert slowest([len(block) for block in blocks]) == min(map(slowest, sizes))
-    assert [len(block) for block in place_layers(8, 4, 0)] == [2, 2, 2, 2]
-    assert [len(block) for block in place_layers(30, 2, 8)] == [19, 11]  # a head that costs eight layers
+    assert [len(block) for block in place_on_stages(8, 4, 0)] == [2, 2, 2, 2]
+    assert [len(block) for block in place_on_stages(30, 2, 8)] == [19, 11]  # a head that costs eight layers
 
 
 def report_block(module, folder) -> None:
@@ -299,13 +302,13 @@ def report_block(module, folder) -> None:
     def load_stage(*args):
         before = psutil.Process().memory_info().rss
         Path("/proc/self/clear_refs").write_text("5")
-        stage, model = original(*args)
+        stage, weights, model = original(*args)
         own = {name: parameter.numel() for name, parameter in stage.named_parameters()}
         loaded = peak() - before
         sum(parameter.detach().sum() for parameter in stage.parameters())  # the files' pages are read when needed
         facts = {"own": own, "loaded": loaded, "read": peak() - before}
         (folder / f"block-{stage.rank}.json").write_text(json.dumps(facts))
-        return stage, model
+        return stage, weights, model
 
     module.load_stage = load_stage
 
@@ -401,9 +404,9 @@ def test_killed_while_saving_and_resumed_equals_uninterrupted_bit_for_bit(strate
         if kill(runs.launch(strategy, out, *flags), out, True, after_step=4):
             break
     last = newest_complete(out)
-    assert 4 <= last < NUM_STEPS and steps_with(out) - steps_with(out, "complete.json") == {last + 1}
+    assert 4 <= last < NUM_STEPS and steps_in(out / ".writing") == {last + 1}
     resumed = runs.train(strategy, 2, out, *flags)
-    assert f"ignoring {out}/checkpoint-{last + 1}: it has no complete.json" in resumed.output
+    assert f"resuming from {out}/checkpoint-{last}\n" in resumed.output
     assert_identical(out, runs.whole(strategy, 2, *MICRO))
 
 
@@ -462,7 +465,8 @@ def test_one_rank_killed_ends_all_ranks_with_a_message_that_names_it(victim, run
             process.kill()
     assert f"error: rank {(victim - 1) % 3} ends because rank {victim} has ended" in log.read_text()
     assert all(process.returncode for process in processes) and not (out / "run.json").exists()
-    assert any(data_collator.find_damage(path) is None for path in data_collator.list_checkpoints(out))
+    checkpoints = finetune_pp_1f1b.list_checkpoints(out)
+    assert checkpoints and all(finetune_pp_1f1b.find_damage(path) is None for path in checkpoints)
 
 
 @pytest.mark.slow
@@ -487,7 +491,7 @@ MISTAKES = [
         "--model_path {untied}: 2 llama layers cannot be 3 stages | start fewer",
     ),
     ("--model_path {gpt2}", {}, "--model_path {gpt2}: 2 gpt2 layers cannot be 1 stages | choose from llama, mistral"),
-    ("--pipeline_schedule zigzag", {}, "--pipeline_schedule zigzag: choose from 1f1b|gpipe"),
+    ("--pipeline_schedule zigzag", {}, "--pipeline_schedule | 'zigzag' | 1f1b | gpipe"),
     (
         "--lora_used True --lora_target_modules q_proj,query",
         {},
@@ -498,8 +502,8 @@ MISTAKES = [
     ("--lora_used True --lora_rank 0", {}, "--lora_rank 0: | > 0"),
     ("--peft_mode prefix", {}, "--peft_mode | prefix | --help"),
     ("--model_path {none}", {}, "--model_path {none}: | no such folder | quickstart.sh"),
-    ("--resume_from_checkpoint {none}", {}, "--resume_from_checkpoint {none}: | no complete.json"),
-    ("--bf16 yes --save_steps 0", {}, "--bf16 yes: | --save_steps 0:"),
+    ("--resume_from_checkpoint {none}", {}, "--resume_from_checkpoint {none}: | no settings.json"),
+    ("--seed -1 --save_steps 0", {}, "--seed -1: | --save_steps 0:"),
 ]
 
 

@@ -164,7 +164,7 @@ def weights_before(mode: str, flags: list) -> dict[str, torch.Tensor]:
     (args,) = parser.parse_args_into_dataclasses(list(map(str, flags)))
     config = script.check_arguments(args)[0]
     script.set_seed(args.seed)
-    model = script.load_model(args, config, [torch.device("cpu")], False)
+    model = script.load_model(args, config, [torch.device("cpu")])
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -272,7 +272,7 @@ if name.endswith("deepspeed"):
 else:
     trainer_class._clip_grad_norm = before(trainer_class._clip_grad_norm)
 script.main()
-script.data_collator.leave()
+script.leave()
 """
 
 
@@ -299,16 +299,17 @@ def test_the_gradients_of_the_first_step_are_the_same_tensor_by_tensor(strategy,
 
     plain = importlib.import_module("finetune_pp" if trained == "full" else "finetune_pp_peft")
     (args,) = plain.HfArgumentParser(plain.Arguments).parse_args_into_dataclasses(list(map(str, data)))
-    config, _, sampler, _, _ = plain.check_arguments(args)
+    config, _, rows, _, _ = plain.check_arguments(args)
     plain.set_seed(args.seed)
     cpu = torch.device("cpu")
     if trained == "full":
         model = plain.load_model(args, config, None, [cpu])
     else:
-        model = plain.load_model(args, config, [cpu], False)
-    batch = data_collator.DataCollator(True)(sampler.rows_of(0))
+        model = plain.load_model(args, config, [cpu])
+    compute_loss = plain.choose_loss(args, model, rows)
+    batch = data_collator.DataCollator(True)(rows.step(0))
     model.train()
-    plain.forward(model, batch, cpu, False, data_collator.num_targets(batch)).backward()
+    (plain.forward(args, model, compute_loss, batch, cpu) / data_collator.num_targets(batch)).backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():

@@ -450,7 +450,7 @@ def test_a_preempted_slurm_job_is_saved_and_goes_on_when_it_is_requeued(job, pla
     assert process.wait() != 0
     step = int(re.search(r"SIGTERM: step (\d+) is saved", output_of(job)).group(1))
     assert 1 <= step < 60
-    assert (folder / f"checkpoint-{step}" / "complete.json").is_file() and not (folder / "run.json").exists()
+    assert (folder / f"checkpoint-{step}" / "settings.json").is_file() and not (folder / "run.json").exists()
 
     assert job(*flags).wait() == 0, output_of(job)
     assert f"resuming from {folder}/checkpoint-{step}" in output_of(job)

@@ -1,5 +1,6 @@
 """finetune_pp.py and finetune_pp_peft.py: the same numbers however a step is cut, exact resume, clear errors."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -13,26 +14,18 @@ import time
 import pytest
 import torch
 from conftest import ROOT, make_tokenizer, random_rows, run_script, save_rows, save_tiny_model
+from harness import history_of, newest_complete, weights_of
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import data_collator
-from data_collator import DataCollator, RowSampler, TokenizedDataset
+from data_collator import DataCollator, TokenizedDataset, TrainingRows
 
 MODES = ("lora", "prefix", "ptuning", "prompt")
 # Every way to train in a plain loop: (script, its mode flags).
 STRATEGIES = {"full": ("finetune_pp", [])} | {mode: ("finetune_pp_peft", ["--peft_mode", mode]) for mode in MODES}
+CPU = torch.device("cpu")
 FAST = ["--report_to", "none", "--bf16", "False", "--use_cpu", "True"]
-
-
-def weights_of(folder):
-    """All that was trained, from a run's folder or a checkpoint."""
-    trainable = folder / "trainable.safetensors"
-    return load_file(trainable if trainable.is_file() else folder / "model.safetensors")
-
-
-def history_of(folder):
-    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
 def parse(module, *flags):
@@ -41,25 +34,33 @@ def parse(module, *flags):
 
 
 def prepare(strategy, model_path, dataset_path, *flags):
-    """(module, arguments, row sampler, loaded model) of a script, in this process."""
+    """(module, arguments, rows in the order of training, loaded model) of a script, in this process."""
     name, mode_flags = STRATEGIES[strategy]
     module = importlib.import_module(name)
     args = parse(module, "--model_path", model_path, "--dataset_path", dataset_path, *mode_flags, *FAST, *flags)
-    config, tokenizer, sampler, _, _ = module.check_arguments(args)
+    config, tokenizer, rows, _, _ = module.check_arguments(args)
     module.set_seed(args.seed)
-    cpu = [torch.device("cpu")]
     if name == "finetune_pp":
-        return module, args, sampler, module.load_model(args, config, None, cpu)
-    return module, args, sampler, module.load_model(args, config, cpu, False)
+        return module, args, rows, module.load_model(args, config, None, [CPU])
+    return module, args, rows, module.load_model(args, config, [CPU])
 
 
-def gradients_of_one_batch(module, args, sampler, model, num_rows=8):
+def summed_loss(module, args, model, rows, indices):
+    """What a training step computes for these rows of the set."""
+    batch = DataCollator(args.padding_free)([rows.dataset[i] for i in indices])
+    return module.forward(args, model, module.choose_loss(args, model, rows), batch, CPU), batch
+
+
+def train(module, args, model, tokenizer, rows):
+    module.train(args, model, module.choose_loss(args, model, rows), tokenizer, rows, None, None, [CPU])
+
+
+def gradients_of_one_batch(module, args, rows, model, num_rows=8):
     """Gradients of the trained weights for the first rows of the set, divided by their target tokens."""
-    batch = DataCollator(args.padding_free)([sampler.dataset[i] for i in range(num_rows)])
     model.train()
     model.zero_grad()
-    num_items = data_collator.num_targets(batch)
-    module.forward(model, batch, torch.device("cpu"), False, num_items).backward()
+    loss, batch = summed_loss(module, args, model, rows, range(num_rows))
+    (loss / data_collator.num_targets(batch)).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -112,19 +113,15 @@ def start_slow_run(script, *flags):
 
 
 def kill_while_saving(process, output_dir, after_step):
-    """SIGKILL as soon as a checkpoint beyond `after_step` exists without complete.json; its folder."""
+    """SIGKILL as soon as a checkpoint beyond `after_step` is being written."""
     while process.poll() is None:
-        for folder in output_dir.glob("checkpoint-*"):
-            step = int(folder.name.removeprefix("checkpoint-"))
-            if step > after_step and not (folder / "complete.json").exists():
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                return folder
+        with contextlib.suppress(FileNotFoundError):  # it comes and goes
+            for name in os.listdir(output_dir / ".writing"):
+                if int(name.removeprefix("checkpoint-")) > after_step:
+                    process.send_signal(signal.SIGKILL)
+                    process.wait()
+                    return
     pytest.fail(f"the run ended with {process.returncode} before it could be killed")
-
-
-def newest_complete(output_dir):
-    return max((int(path.parent.name[11:]) for path in output_dir.glob("checkpoint-*/complete.json")), default=0)
 
 
 def kill_at_random(process, output_dir):
@@ -155,12 +152,9 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(strategy, tmp_path)
 
     torn = tmp_path / "torn"
     resume = [*flags, "--output_dir", torn, "--resume_from_checkpoint", "True"]
-    half = kill_while_saving(start_slow_run(f"{name}.py", *resume), torn, after_step=3)
+    kill_while_saving(start_slow_run(f"{name}.py", *resume), torn, after_step=3)
     assert newest_complete(torn) >= 2
     kill_at_random(start_slow_run(f"{name}.py", *resume), torn)
-    half.mkdir(exist_ok=True)  # the second run has replaced it; a half one must be passed over once more
-    if int(half.name[11:]) < newest_complete(torn):
-        (half / "complete.json").unlink(missing_ok=True)
     last = newest_complete(torn)
     assert 3 <= last < NUM_STEPS
     assert f"resuming from {torn}/checkpoint-{last}\n" in run_script(f"{name}.py", *resume).stdout
@@ -179,14 +173,14 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(strategy, tmp_path)
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation(tiny_model, tiny_set):
-    module, args, sampler, model = prepare("lora", tiny_model, tiny_set, "--lora_dropout", 0.5)
+    module, args, rows, model = prepare("lora", tiny_model, tiny_set, "--lora_dropout", 0.5)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter)
-    losses = {module.evaluate(args, model, sampler.dataset, torch.device("cpu"), False) for _ in range(3)}
-    assert len(losses) == 1
-    batch = DataCollator(True)([sampler.dataset[0]])
-    assert len({module.forward(model, batch, torch.device("cpu"), False, 1).item() for _ in range(3)}) == 3
+    compute_loss = module.choose_loss(args, model, rows)
+    assert len({module.evaluate(args, model, compute_loss, rows.dataset, CPU) for _ in range(3)}) == 1
+    model.train()
+    assert len({summed_loss(module, args, model, rows, [0])[0].item() for _ in range(3)}) == 3
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -199,11 +193,12 @@ def test_gradient_checkpointing_leaves_the_gradients_as_they_are(strategy, tiny_
             module.check_arguments(args)
         return
     plain = gradients_of_one_batch(*prepare(strategy, tiny_model, tiny_set))
-    module, args, sampler, model = prepare(strategy, tiny_model, tiny_set, "--gradient_checkpointing", "True")
+    module, args, rows, model = prepare(strategy, tiny_model, tiny_set, "--gradient_checkpointing", "True")
     forwards = []
     layers = [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]
-    layers[0].self_attn.register_forward_hook(lambda *_: forwards.append(1))
-    checkpointed = gradients_of_one_batch(module, args, sampler, model)
+    # In training: the checks before it run the model in evaluation.
+    layers[0].self_attn.register_forward_hook(lambda layer, *_: forwards.append(1) if layer.training else None)
+    checkpointed = gradients_of_one_batch(module, args, rows, model)
     assert len(forwards) == 2  # once forward, once again in the backward
     assert plain.keys() == checkpointed.keys()
     for name, gradient in plain.items():
@@ -216,19 +211,19 @@ def test_every_trained_weight_gets_a_gradient_and_frozen_ones_do_not_move(mode, 
     if (mode, checkpointing) == ("prefix", "True"):
         pytest.skip("PEFT refuses prefix tuning with gradient checkpointing; the test above sees to that")
     flags = ["--gradient_checkpointing", checkpointing, "--lora_dropout", "0"]
-    module, args, sampler, model = prepare(mode, tiny_model, tiny_set, *flags)
+    module, args, rows, model = prepare(mode, tiny_model, tiny_set, *flags)
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    gradients = gradients_of_one_batch(module, args, sampler, model)
+    gradients = gradients_of_one_batch(module, args, rows, model)
     # lora_A has no gradient at step 1, because lora_B begins as zero; everything else must have one.
     zero = [name for name, gradient in gradients.items() if gradient.abs().sum() == 0]
     assert zero == [name for name in gradients if "lora_A" in name]
     if mode == "lora":
         assert len(gradients) == 2 * 7 * 2  # A and B of seven linear layers in two decoder layers
-    optimizer, _ = module.make_optimizer(args, model, 10)
+    optimizer = module.make_optimizer(args, model)
     for group in optimizer.param_groups:
         group["lr"] = 1e-2
     optimizer.step()
-    second = gradients_of_one_batch(module, args, sampler, model)
+    second = gradients_of_one_batch(module, args, rows, model)
     assert all(gradient.abs().sum() > 0 for gradient in second.values())
     optimizer.step()
     now = dict(model.named_parameters())
@@ -239,12 +234,12 @@ def test_every_trained_weight_gets_a_gradient_and_frozen_ones_do_not_move(mode, 
 def test_a_bfloat16_folder_is_trained_in_float32(strategy, tiny_set, tmp_path):
     model_path = save_tiny_model(tmp_path / "bf16", dtype=torch.bfloat16)
     assert load_file(model_path / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
-    module, args, sampler, model = prepare(strategy, model_path, tiny_set)
+    module, args, rows, model = prepare(strategy, model_path, tiny_set)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
-    gradients_of_one_batch(module, args, sampler, model)
+    gradients_of_one_batch(module, args, rows, model)
     args.learning_rate = 1e-6  # an update far below bfloat16's resolution
-    optimizer, _ = module.make_optimizer(args, model, 1)
+    optimizer = module.make_optimizer(args, model)
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-6
     optimizer.step()
     moved = [not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before]
@@ -258,16 +253,16 @@ def test_a_bfloat16_folder_is_trained_in_float32(strategy, tiny_set, tmp_path):
 def test_with_bf16_the_base_is_bf16_and_the_adapter_float32(mode, tiny_model, tiny_set):
     module = importlib.import_module("finetune_pp_peft")
     flags = ["--peft_mode", mode, "--model_path", tiny_model, "--dataset_path", tiny_set, "--bf16", "True"]
+    flags += ["--use_cpu", "True"]
     args = parse(module, *flags)
-    config, _, sampler, _, _ = module.check_arguments(args)
-    model = module.load_model(args, config, [torch.device("cpu")], True)
+    config, _, rows, _, _ = module.check_arguments(args)
+    model = module.load_model(args, config, [CPU])
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.get_base_model().parameters() if not p.requires_grad} == {torch.bfloat16}
     model.train()
-    batch = DataCollator(args.padding_free)([sampler.dataset[i] for i in range(4)])
-    loss = module.forward(model, batch, torch.device("cpu"), True, data_collator.num_targets(batch))
+    loss, _ = summed_loss(module, args, model, rows, range(4))
     loss.backward()
-    assert torch.isfinite(loss)
+    assert torch.isfinite(loss) and loss.dtype == torch.float32
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
 
 
@@ -275,13 +270,12 @@ def test_with_bf16_the_base_is_bf16_and_the_adapter_float32(mode, tiny_model, ti
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_saved_folder_generates_what_the_trained_model_generates(strategy, tied, tiny_set, tmp_path):
     model_path = save_tiny_model(tmp_path / "model", tied=tied)
-    module, args, sampler, model = prepare(
+    module, args, rows, model = prepare(
         strategy, model_path, tiny_set, "--max_steps", 3, "--learning_rate", 0.1, "--output_dir", tmp_path / "out"
     )
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    cpu = torch.device("cpu")
     base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    module.train(args, model, tokenizer, sampler, None, None, cpu, False)
+    train(module, args, model, tokenizer, rows)
     module.save_model(model, tokenizer, tmp_path / "out")
 
     if strategy == "full":
@@ -291,6 +285,7 @@ def test_the_saved_folder_generates_what_the_trained_model_generates(strategy, t
         fresh = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
         reloaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "out")
     prompt = {"input_ids": torch.tensor([[1, 40, 50, 60]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
+    (model if strategy == "full" else model.get_base_model()).set_attn_implementation("sdpa")  # as who loads it
     tokens = [
         m.eval().generate(**prompt, max_new_tokens=20, do_sample=False, pad_token_id=0).tolist()
         for m in (model, reloaded, base)
@@ -302,15 +297,16 @@ def test_the_saved_folder_generates_what_the_trained_model_generates(strategy, t
 
 @pytest.mark.parametrize("strategy", ["full", "lora"])
 def test_documents_in_one_row_do_not_see_each_other_in_the_loaded_model(strategy, tiny_model, tiny_set):
-    module, args, sampler, model = prepare(strategy, tiny_model, tiny_set)
+    module, args, rows, model = prepare(strategy, tiny_model, tiny_set)
     data_collator.check_document_attention(model, 300)
-    rows = [sampler.dataset[i] for i in range(3)]
-    batch = DataCollator(True)(rows)
-    del batch["labels"], batch["shift_labels"]  # with targets, the output layer gives their loss instead of logits
+    documents = [rows.dataset[i] for i in range(3)]
+    batch = DataCollator(True)(documents)
+    del batch["labels"], batch["shift_labels"]
     model.eval()
     logits = model(**batch, use_cache=False).logits
-    batch["input_ids"][0, : len(rows[0]["input_ids"])] = 5  # the first document changes, the others must not notice
-    others = batch["logits_to_keep"] >= len(rows[0]["input_ids"])
+    first = len(documents[0]["input_ids"])
+    batch["input_ids"][0, :first] = 5  # the first document changes, the others must not notice
+    others = batch["logits_to_keep"] >= first
     changed = model(**batch, use_cache=False).logits
     assert torch.equal(logits[:, others], changed[:, others])
     assert not torch.equal(logits[:, ~others], changed[:, ~others])
@@ -322,8 +318,9 @@ def test_evaluation_weighs_every_target_token_the_same(strategy, tiny_model, tin
     held_out = save_rows(random_rows(7, seed=3), tmp_path / "eval")
     losses = []
     for size in (1, 4, 7):
-        module, args, sampler, model = prepare(strategy, tiny_model, tiny_set, "--per_device_eval_batch_size", size)
-        losses.append(module.evaluate(args, model, TokenizedDataset(held_out), torch.device("cpu"), False))
+        module, args, rows, model = prepare(strategy, tiny_model, tiny_set, "--per_device_eval_batch_size", size)
+        compute_loss = module.choose_loss(args, model, rows)
+        losses.append(module.evaluate(args, model, compute_loss, TokenizedDataset(held_out), CPU))
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     total, targets = 0.0, 0
     for row in random_rows(7, seed=3):
@@ -341,9 +338,10 @@ def test_what_a_run_leaves(tiny_model, tiny_set, tmp_path):
     flags += ["--eval_dataset_path", tiny_set, "--eval_steps", 2, "--save_steps", 1, "--num_train_epochs", 2]
     run_script("finetune_pp_peft.py", *flags, "--output_dir", out)
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
-    complete = json.loads((out / "checkpoint-6" / "complete.json").read_text())
-    present = {path.name for path in (out / "checkpoint-6").iterdir()} - {"complete.json"}
-    assert complete["files"].keys() == present
+    settings = json.loads((out / "checkpoint-6" / "settings.json").read_text())
+    present = {path.name for path in (out / "checkpoint-6").iterdir()} - {"settings.json"}
+    assert settings["file_sizes"].keys() == present
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
     assert {"trainable.safetensors", "adapter_model.safetensors", "training_state.pt", "tokenizer.json"} <= present
 
     history = history_of(out)
@@ -369,7 +367,7 @@ def test_what_a_run_leaves(tiny_model, tiny_set, tmp_path):
     # A second run must neither overwrite the first nor mix with its checkpoints.
     completed = run_script("finetune_pp_peft.py", *flags, "--output_dir", out, "--max_steps", 1)
     former = re.search(r"which is now (\S+)", completed.stdout)[1]
-    assert (tmp_path / former / "checkpoint-6" / "complete.json").is_file()
+    assert (tmp_path / former / "checkpoint-6" / "settings.json").is_file()
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
@@ -387,9 +385,9 @@ def test_training_goes_on_from_an_adapter_with_new_data(tiny_model, tiny_set, tm
     """--peft_path begins where the adapter ended, with ptuning's MLP, which PEFT's own file does not hold."""
     for mode in MODES:
         flags = ["--learning_rate", 0.05, "--max_steps", 2, "--output_dir", tmp_path / mode]
-        module, args, sampler, model = prepare(mode, tiny_model, tiny_set, *flags)
+        module, args, rows, model = prepare(mode, tiny_model, tiny_set, *flags)
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-        module.train(args, model, tokenizer, sampler, None, None, torch.device("cpu"), False)
+        train(module, args, model, tokenizer, rows)
         module.save_model(model, tokenizer, tmp_path / mode)
         _, _, _, again = prepare(mode, tiny_model, tiny_set, "--peft_path", tmp_path / mode)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -408,8 +406,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(s
 
     save_file(weights, model_path / "model.safetensors", metadata={"format": "pt"})
     rows = random_rows(24, vocab_size=299)
-    order = list(RowSampler(TokenizedDataset(save_rows(rows, tmp_path / "all")), 8, 42))
-    rows[order[17]]["input_ids"][0] = 299
+    in_order = TrainingRows(TokenizedDataset(save_rows(rows, tmp_path / "all")), 8, 1, -1, 42)
+    (number,) = [i for i, row in enumerate(rows) if row["input_ids"] == in_order[17]["input_ids"].tolist()]
+    rows[number]["input_ids"][0] = 299
     data = save_rows(rows, tmp_path / "rows")
     name, mode_flags = STRATEGIES[strategy]
     completed = run_script(
@@ -419,7 +418,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(s
     assert completed.returncode == 1
     assert "error: step 3 has loss nan" in completed.stderr
     assert "Traceback" not in completed.stderr
-    assert data_collator.find_damage(tmp_path / "out" / "checkpoint-2") is None
+    assert importlib.import_module(name).find_damage(tmp_path / "out" / "checkpoint-2") is None
     assert not (tmp_path / "out" / "checkpoint-3").exists()
     assert not (tmp_path / "out" / "run.json").exists()
 
@@ -468,14 +467,14 @@ def test_a_model_that_is_spread_with_hooks_gives_the_same_gradients(strategy, ti
 
     no_dropout = ["--lora_dropout", 0] if strategy == "lora" else []
     plain = gradients_of_one_batch(*prepare(strategy, tiny_model, tiny_set, *no_dropout))
-    module, args, sampler, model = prepare(strategy, tiny_model, tiny_set, *no_dropout)
+    module, args, rows, model = prepare(strategy, tiny_model, tiny_set, *no_dropout)
     base = model if strategy == "full" else model.get_base_model()
     places = module.make_device_map(base.config, [torch.device("cpu")] * 2)
     if strategy == "lora":  # PEFT has wrapped the linear layers, whose block stays one place
         assert all(".self_attn" not in name for name in places)
     dispatch_model(base, {name: "cpu" for name in places}, force_hooks=True)
     assert len(base.hf_device_map) > 1 and hasattr(base, "_hf_hook")
-    hooked = gradients_of_one_batch(module, args, sampler, model)
+    hooked = gradients_of_one_batch(module, args, rows, model)
     assert all(torch.equal(gradient, hooked[name]) for name, gradient in plain.items())
 
 
@@ -488,23 +487,82 @@ def test_two_devices_give_the_gradients_of_one(strategy, tied, tiny_set, tmp_pat
     model_path = save_tiny_model(tmp_path / "model", tied=tied, num_layers=5)
     flags = ["--model_path", model_path, "--dataset_path", tiny_set, "--bf16", "False", *mode_flags]
     args = parse(module, *flags)
-    config, _, sampler, _, _ = module.check_arguments(args)
+    config, _, rows, _, _ = module.check_arguments(args)
     gradients = []
     for devices in ([torch.device("cuda", 0)], [torch.device("cuda", 0), torch.device("cuda", 1)]):
         torch.manual_seed(0)
-        extra = [devices, False] if name == "finetune_pp_peft" else [None, devices]
+        extra = [devices] if name == "finetune_pp_peft" else [None, devices]
         model = module.load_model(args, config, *extra).eval()
-        batch = DataCollator(args.padding_free)([sampler.dataset[i] for i in range(8)])
-        module.forward(model, batch, devices[0], False, data_collator.num_targets(batch)).backward()
+        batch = DataCollator(args.padding_free)([rows.dataset[i] for i in range(8)])
+        module.forward(args, model, module.choose_loss(args, model, rows), batch, devices[0]).backward()
         gradients.append({n: p.grad.cpu() for n, p in model.named_parameters() if p.requires_grad})
     for key, gradient in gradients[0].items():
         assert (gradient - gradients[1][key]).norm() <= 1e-5 * gradient.norm() + 1e-12
 
 
 def test_the_compute_precision_follows_the_hardware():
+    module = importlib.import_module("finetune_pp")
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    assert data_collator.use_bf16("auto", use_cpu=True) == fast
-    assert data_collator.use_bf16("True", use_cpu=True) and not data_collator.use_bf16("False", use_cpu=True)
+    for choice, expected in (("auto", fast), ("True", True), ("False", False)):
+        assert module.computes_in_bf16(module.Arguments(bf16=choice, use_cpu=True)) == expected
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint_and_the_next_start_goes_on(strategy, number, tiny_model, tiny_set, tmp_path):
+    name, mode_flags = STRATEGIES[strategy]
+    flags = ["--model_path", tiny_model, "--dataset_path", tiny_set, "--max_steps", 400, "--save_steps", 1000, *FAST]
+    resume = [*flags, *mode_flags, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "True"]
+    command = [sys.executable, f"{name}.py", *map(str, resume), "--logging_steps", "1"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        seen = ""
+        while "1/400" not in seen and process.poll() is None:
+            seen += process.stderr.read(40)
+        process.send_signal(number)
+        seen += process.stderr.read()
+    step = newest_complete(tmp_path / "out")
+    assert process.returncode == 1 and 0 < step < 400, seen
+    assert f"step {step} is saved; --resume_from_checkpoint True goes on from there" in seen
+    assert "Traceback" not in seen
+    completed = run_script(f"{name}.py", *resume[:-2], "--resume_from_checkpoint", "True", "--max_steps", step + 1)
+    assert f"resuming from {tmp_path}/out/checkpoint-{step}\n" in completed.stdout
+    assert [row["step"] for row in history_of(tmp_path / "out")] == list(range(1, step + 2))
+
+
+def test_a_base_that_lacks_weights_is_an_error_and_no_random_start(tiny_set, tmp_path):
+    from safetensors.torch import save_file
+
+    model_path = save_tiny_model(tmp_path / "model")
+    weights = load_file(model_path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, model_path / "model.safetensors", metadata={"format": "pt"})
+    for name in ("finetune_pp", "finetune_pp_peft"):
+        flags = ["--model_path", model_path, "--dataset_path", tiny_set, "--output_dir", tmp_path / "out", *FAST]
+        completed = run_script(f"{name}.py", *flags, check=False)
+        assert completed.returncode == 1 and "Traceback" not in completed.stderr
+        assert "lack 1 tensors that the model needs" in completed.stderr and "lm_head.weight" in completed.stderr
+        assert not (tmp_path / "out").exists()
+
+
+SCHEDULES = {
+    "linear": "{}", "cosine": "{}", "cosine_with_restarts": "{}", "polynomial": "{}", "constant": "{}",
+    "constant_with_warmup": "{}", "inverse_sqrt": "{}", "cosine_with_min_lr": '{"min_lr": 1e-6}',
+    "cosine_warmup_with_min_lr": '{"min_lr": 1e-6}', "warmup_stable_decay": '{"num_decay_steps": 3}',
+}  # fmt: skip
+
+
+def test_the_schedule_takes_every_name_that_transformers_takes(tiny_model, tiny_set):
+    from transformers import SchedulerType
+
+    assert {str(kind.value) for kind in SchedulerType} - SCHEDULES.keys() == {"reduce_lr_on_plateau", "greedy"}
+    module = importlib.import_module("finetune_pp")
+    common = ["--model_path", tiny_model, "--dataset_path", tiny_set, *FAST]
+    for name, settings in SCHEDULES.items():
+        args = parse(module, *common, "--lr_scheduler_type", name, "--lr_scheduler_kwargs", settings)
+        module.check_arguments(args)
+    for name in ("reduce_lr_on_plateau", "greedy", "cosine_with_min_lr"):
+        with pytest.raises(ValueError, match=f"--lr_scheduler_type {name}: "):
+            module.check_arguments(parse(module, *common, "--lr_scheduler_type", name))
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -553,23 +611,23 @@ MISTAKES = [
     ("--dataset_path {beyond}", ["--dataset_path", "input_ids from 5 to 300", "vocabulary of 300", "--tokenizer_path"]),
     ("--dataset_path {other}", ["--dataset_path", "another tokenizer", "--tokenizer_path"]),
     ("--eval_dataset_path {missing}", ["--eval_dataset_path", "no such folder"]),
-    ("--output_dir {file}/out", ["--output_dir", "no writable folder", "choose another"]),
+    ("--output_dir {file}/out", ["--output_dir", "is not a writable folder", "choose another"]),
     ("--learnin_rate 1", ["--learnin_rate", "--help"]),
     ("--learning_rate nan", ["--learning_rate nan", "> 0"]),
     ("--num_train_epochs inf", ["--num_train_epochs inf", "> 0"]),
     ("--learning_rate 0", ["--learning_rate 0", "> 0"]),
     ("--weight_decay -1", ["--weight_decay -1", ">= 0"]),
     ("--per_device_train_batch_size 0", ["--per_device_train_batch_size 0", "> 0"]),
-    ("--lr_scheduler_type step", ["--lr_scheduler_type step", "cosine|linear"]),
-    ("--bf16 yes", ["--bf16 yes", "auto|True|False"]),
-    ("--resume_from_checkpoint {missing}", ["--resume_from_checkpoint", "{missing}", "no complete.json"]),
+    ("--lr_scheduler_type step", ["--lr_scheduler_type", "'step'", "cosine", "linear"]),
+    ("--bf16 yes", ["--bf16", "'yes'", "auto", "True", "False"]),
+    ("--resume_from_checkpoint {missing}", ["--resume_from_checkpoint", "{missing}", "no settings.json"]),
     ("--gradient_accumulation_steps 0 --dataset_path {missing}",
      ["--gradient_accumulation_steps 0", "> 0", "--dataset_path", "no such folder"]),
 ]  # fmt: skip
 PEFT_MISTAKES = [
     ("--lora_rank 0", ["--lora_rank 0", "> 0"]),
-    ("--peft_mode adapter", ["--peft_mode adapter", "lora|prefix|ptuning|prompt"]),
-    ("--peft_mode adapter --lora_rank -4", ["--peft_mode adapter", "--lora_rank -4"]),
+    ("--peft_mode adapter", ["--peft_mode", "'adapter'", "lora", "prefix", "ptuning", "prompt"]),
+    ("--lora_dropout -1 --lora_rank -4", ["--lora_dropout -1.0", ">= 0", "--lora_rank -4"]),
     ("--lora_target_modules q_proj,query", ["--lora_target_modules query", "matches no layer"]),
     ("--lora_target_modules nothing", ["nothing"]),
     ("--peft_mode prompt --mapping_hidden_dim 64", ["--mapping_hidden_dim 64", "no MLP"]),

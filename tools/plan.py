@@ -1,240 +1,427 @@
 """Says before you rent it what a machine can train: memory, time and price of every strategy of this toolkit.
 
-    python tools/plan.py --model llama-7b --gpus 8 --gpu a100-80g --tokens 2.5e9 --sequence_length 512 --batch 384
-    python tools/plan.py --model llama-2-70b --gpus 8 --nodes 64 --batch 4096 --price_per_gpu_hour 2
-    python tools/plan.py --model models/SmolLM2-135M-Instruct --gpus 1 --gpu rtx4090 --simulate True
-    python tools/plan.py --published True       # the time model against measured rows that others published
-    python tools/plan.py --validate quick       # the memory model against real runs on this machine (minutes)
+    python tools/plan.py --model llama-3-8b --gpus 8 --gpu a100-80g --tokens 2.5e9 --sequence_length 2048 --batch 128
+    python tools/plan.py --model llama-3-70b --gpus 8 --nodes 4 --network 100gbe --batch 512 --all True
 
-Memory is a formula, which stands line by line in planning/memory.py. It counts what PyTorch holds at the worst moment
-of a step, with the optimizer's moments there. What CUDA, NCCL and the allocator take besides is OVERHEAD. Time is a
-roofline in planning/speed.py: arithmetic, memory traffic of what is no matrix product, and communication, which hides
-behind the arithmetic as far as it fits. Its constants are those in planning/hardware.py, the same for all rows.
+Questions:
+    python tools/plan.py --ask models --gpu rtx4090 --gpus 1              # what can I train on this card
+    python tools/plan.py --ask context --model qwen3-8b --gpu l40s --gpus 2                  # the largest context
+    python tools/plan.py --ask gpus --model llama-3-70b --gpu h100-80g --deadline 48         # how many GPUs
+    python tools/plan.py --model llama-3-8b --gpu all --gpus 1,2,4,8 --deadline 24 --budget 500     # the cheapest way
 
---simulate, --published and --validate start the programs in benchmarks/ that compare both with something else.
+The default answer is the three best ways, each with its command. --all True shows every way in a table, --json True
+all that is known, --output_dir draws a picture.
+
+Any card: --gpu_memory 48 --gpu_flops 180 --gpu_bandwidth 960 (GiB, TFLOPS, GB/s), the CPU of this machine: --gpu cpu,
+and a machine that tools/doctor.py measured: --machine machine.json.
+
+One description of what a decoder layer computes (planning/kernels.py) gives memory (planning/memory.py) and time
+(planning/speed.py). The figures of hardware and their sources stand in planning/hardware.py; --list True prints them.
+How far published runs are from this is measured by benchmarks/plan_published.py, which --published True starts, and by
+benchmarks/plan_validation.py (--validate quick) and benchmarks/plan_simulation.py (--simulate True).
 """
 
 import json
 import math
+import os
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from planning.hardware import GB, GPU, HARDWARE, GiB, usable
-from planning.memory import largest_rows, memory
-from planning.models import MODELS, Model, load_model
-from planning.speed import times
-from planning.strategies import STRATEGIES, Setup, Strategy
+from planning import search, show
+from planning.hardware import DISKS, GB, GPU, GPUS, HOST_LINKS, NETWORKS, PCIE4, TFLOPS, GiB, Machine, read_prices
+from planning.models import MATRICES, MODELS, load_model
+from planning.search import Job
+from planning.strategies import ATTENTION, STRATEGIES, Setup
 
 ROOT = Path(__file__).resolve().parent.parent
+PRICES = Path(__file__).resolve().parent / "planning" / "prices.csv"
+QUESTIONS = ("best", "models", "context", "gpus")
 
 
 @dataclass
 class Arguments:
-    model: str = field(default="llama-7b", metadata={"help": "a name such as llama-7b, or a config.json or its folder"})
-    gpus: int = field(default=8, metadata={"help": "GPUs of one machine"})
-    gpu: str = field(default="a100-80g", metadata={"help": f"one of {', '.join(HARDWARE)}"})
-    nodes: int = field(default=1, metadata={"help": "machines"})
-    tokens: float = field(default=2.5e9, metadata={"help": "tokens of one epoch"})
-    sequence_length: int = field(default=512, metadata={"help": "tokens of a row"})
+    model: str = field(default="llama-7b", metadata={"help": "a name such as llama-3-8b, a folder, or a hub id"})
+    gpu: str = field(default="a100-80g", metadata={"help": "kinds by commas, all, or cpu; --list True shows them"})
+    gpus: str = field(default="8", metadata={"help": "GPUs of one machine; several numbers by commas"})
+    nodes: str = field(default="1", metadata={"help": "machines; several numbers by commas"})
+    tokens: float = field(default=2.5e9, metadata={"help": "tokens of the whole training"})
+    sequence_length: int = field(default=512, metadata={"help": "tokens of a row, which is one document"})
     batch: int = field(default=384, metadata={"help": "rows of one optimizer step, over all GPUs"})
     target_share: float = field(default=1.0, metadata={"help": "share of the tokens that are targets (ledger.json)"})
+    ask: str = field(default="best", metadata={"help": f"{' | '.join(QUESTIONS)}"})
+    deadline: float = field(default=0, metadata={"help": "hours that the training may take; 0: any"})
+    budget: float = field(default=0, metadata={"help": "dollars that it may cost; 0: any"})
+    prices: str = field(default=str(PRICES), metadata={"help": "CSV file with gpu,dollars_per_hour"})
+    price_per_gpu_hour: float = field(default=0, metadata={"help": "dollars, instead of --prices, for all kinds"})
+    strategy: str = field(default="all", metadata={"help": "names by commas, such as FSDP,QLoRA; all, full or lora"})
+    rows: int = field(default=0, metadata={"help": "rows of one forward; 0: the fastest that fit"})
+    accumulation: int = field(default=0, metadata={"help": "forwards of an optimizer step; 0: by --batch"})
+    checkpointing: str = field(default="auto", metadata={"help": "auto | True | False"})
+    attention: str = field(default="auto", metadata={"help": " | ".join(ATTENTION)})
+    torch_compile: bool = field(default=False, metadata={"help": "as the scripts' flag"})
     padding_free: bool = field(default=True, metadata={"help": "as the scripts' flag: join the rows of a forward"})
     lora_rank: int = field(default=8, metadata={"help": "as the scripts' flag"})
-    price_per_gpu_hour: float = field(default=0, metadata={"help": "adds the price of an epoch"})
+    lora_target_modules: str = field(default="all-linear", metadata={"help": "as the scripts' flag"})
+    optimizer_bytes: float = field(default=8, metadata={"help": "of the optimizer's state for a trained weight"})
+    network: str = field(default="ib-200", metadata={"help": "between machines: a name, or GB/s for each GPU"})
+    host_link: str = field(default="pcie4", metadata={"help": "offload: a name, or GB/s for each GPU"})
+    disk: str = field(default="nvme", metadata={"help": "for checkpoints: a name, or GB/s"})
+    gpu_memory: float = field(default=0, metadata={"help": "GiB of a card of your own"})
+    gpu_flops: float = field(default=0, metadata={"help": "its dense bf16 TFLOPS"})
+    gpu_bandwidth: float = field(default=0, metadata={"help": "its memory's GB/s"})
+    machine: str | None = field(default=None, metadata={"help": "JSON that tools/doctor.py --json wrote"})
+    all: bool = field(default=False, metadata={"help": "the whole table"})
+    json: bool = field(default=False, metadata={"help": "print JSON instead of text"})
     output_dir: str | None = field(default=None, metadata={"help": "folder for plan.png; none: no picture"})
-    json: bool = field(default=False, metadata={"help": "print JSON instead of the table"})
-    simulate: bool = field(default=False, metadata={"help": "check the formula by steps on fake tensors (minutes)"})
-    published: bool = field(default=False, metadata={"help": "only the time model against published rows"})
-    validate: str = field(default="", metadata={"help": "quick or full: the formula against real runs on this CPU"})
+    list: bool = field(default=False, metadata={"help": "only print GPUs, networks and models, with their sources"})
+    simulate: bool = field(default=False, metadata={"help": "check the memory by steps on fake tensors (minutes)"})
+    published: bool = field(default=False, metadata={"help": "only compare with published runs"})
+    validate: str = field(default="", metadata={"help": "quick or full: compare with real runs on this CPU"})
 
 
-def check_arguments(args: Arguments) -> tuple[Model, GPU]:
+# -------------------------------------------------------------------------------------------------------------------
+# What can be wrong with flags
+# -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Question:
+    """What the flags come down to."""
+
+    job: Job
+    machines: list[tuple[str, Machine]]
+    prices: dict[str, float]
+
+
+def check_arguments(args: Arguments) -> Question:
     """Raises ValueError with all mistakes, one a line."""
-    mistakes = []
-    try:
-        model = load_model(args.model)
-    except ValueError as mistake:
-        mistakes.append(str(mistake))
-    if args.gpu not in HARDWARE:
-        mistakes.append(f"--gpu {args.gpu}: choose from {', '.join(HARDWARE)}")
-    for name in ("gpus", "nodes", "tokens", "sequence_length", "batch", "lora_rank"):
-        if not 0 < getattr(args, name) < math.inf:
-            mistakes.append(f"--{name} {getattr(args, name)}: must be > 0")
-    if not 0 < args.target_share <= 1:
-        mistakes.append(f"--target_share {args.target_share}: a share above 0, at most 1")
-    if not 0 <= args.price_per_gpu_hour < math.inf:
-        mistakes.append(f"--price_per_gpu_hour {args.price_per_gpu_hour}: must be >= 0")
-    if args.output_dir and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        mistakes.append(f"--output_dir {args.output_dir}: it is a file; name a folder")
-    if args.validate not in ("", "quick", "full"):
-        mistakes.append(f"--validate {args.validate}: choose quick or full")
-    if not mistakes and args.batch % (args.gpus * args.nodes):
-        mistakes.append(f"--batch {args.batch}: must be a multiple of the {args.gpus * args.nodes} GPUs")
+    mistakes = check_numbers(args) + check_choices(args)
+
+    def attempt(name: str, action):
+        try:
+            return action(args)
+        except ValueError as problem:
+            mistakes.append(f"--{name} {getattr(args, name)}: {problem}")
+
+    model = attempt("model", lambda args: load_model(args.model))
+    custom = attempt("gpu_memory", read_card)
+    counts = attempt("gpus", lambda args: read_numbers(args.gpus))
+    nodes = attempt("nodes", lambda args: read_numbers(args.nodes))
+    network = attempt("network", lambda args: read_speed(args.network, NETWORKS))
+    host_link = attempt("host_link", lambda args: read_speed(args.host_link, HOST_LINKS))
+    disk = attempt("disk", lambda args: read_speed(args.disk, DISKS))
+    strategies = attempt("strategy", lambda args: read_strategies(args.strategy))
+    targets = attempt("lora_target_modules", lambda args: read_targets(args.lora_target_modules))
+    prices = attempt("prices", lambda args: read_prices(args.prices))
+    measured = attempt("machine", lambda args: read_machine(args.machine))
     if mistakes:
         raise ValueError("\n".join(mistakes))
-    return model, HARDWARE[args.gpu]
+    base = Machine(GPUS["a100-80g"], network=network, host_link=host_link, disk=disk)
+    custom.update(measured.gpus)
+    base = replace(base, **measured.speeds)
+    gpus = attempt("gpu", lambda args: read_gpus(args.gpu, custom))
+    if gpus and args.gpu == "cpu" and "cpu" not in custom:
+        custom["cpu"] = measure_this_cpu(model, max(counts))
+        base = replace(base, cores=os.cpu_count())
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    machines = search.list_machines(gpus, counts, nodes, base, custom)
+    machines = [(name, machine) for name, machine in machines if args.batch % machine.num_gpus == 0]
+    if not machines:
+        raise ValueError(f"--batch {args.batch}: must be a multiple of the number of GPUs, {args.gpus} x {args.nodes}")
+    if args.price_per_gpu_hour:
+        prices = dict.fromkeys(gpus, args.price_per_gpu_hour)
+    return Question(make_job(args, model, strategies, targets, gpus == ["cpu"]), machines, prices)
 
 
-def make_setup(args: Arguments, **changes) -> Setup:
-    names = ("gpus", "nodes", "sequence_length", "padding_free", "target_share", "lora_rank")
-    return Setup(**{name: getattr(args, name) for name in names} | changes)
+def check_numbers(args: Arguments) -> list[str]:
+    mistakes = []
+    for name in ("tokens", "sequence_length", "batch", "lora_rank", "optimizer_bytes"):
+        if not 0 < getattr(args, name) < math.inf:
+            mistakes.append(f"--{name} {getattr(args, name)}: must be > 0")
+    for name in ("deadline", "budget", "rows", "accumulation", "price_per_gpu_hour"):
+        if not 0 <= getattr(args, name) < math.inf:
+            mistakes.append(f"--{name} {getattr(args, name)}: must be >= 0")
+    if not 0 < args.target_share <= 1:
+        mistakes.append(f"--target_share {args.target_share}: a share above 0, at most 1")
+    return mistakes
 
 
-def plan_row(args: Arguments, model: Model, gpu: GPU, name: str, checkpointing: bool) -> dict:
-    """One line of the table: the largest forward that fits and divides the step, its memory, time and price."""
-    strategy = STRATEGIES[name]
-    is_pipeline = strategy.kind == "pp"
-    rows_of_process = args.batch if is_pipeline else args.batch // (args.gpus * args.nodes)
-    setup = make_setup(args, checkpointing=checkpointing, nodes=1 if is_pipeline else args.nodes)
-    # The most rows are not the fastest: joined rows have one mask, and attention costs the square of their length. With
-    # accumulation the gradients stay while the next forward runs, so fewer rows fit than in one forward.
-    candidates = []
-    for rows in (rows for rows in range(1, rows_of_process + 1) if rows_of_process % rows == 0):
-        candidate = replace(setup, rows=rows, accumulation=rows_of_process // rows)
-        if memory(model, strategy, candidate)["total"] <= usable(gpu):
-            candidates.append((times(model, strategy, candidate, gpu)["step_seconds"], candidate))
-    most = largest_rows(model, strategy, setup, gpu)
-    if candidates:
-        # Of those within 3 % of the fastest the one with most rows: small matrices are less efficient than assumed.
-        fastest = min(seconds for seconds, _ in candidates)
-        setup = max((c for seconds, c in candidates if seconds <= 1.03 * fastest), key=lambda c: c.rows)
-    else:
-        setup = replace(setup, accumulation=rows_of_process)
-    parts, row = memory(model, strategy, setup), {"strategy": name, "checkpointing": checkpointing}
-    row |= {"rows_of_forward": setup.rows, "accumulation": setup.accumulation, "largest_rows_of_forward": most}
-    row |= {f"{part}_bytes": round(size) for part, size in parts.items() if part not in ("host", "offloaded")}
-    row["host_bytes_per_node"] = round(parts["host"])
-    if not candidates:
-        return row | {"verdict": "does not fit"}
-    speed = times(model, strategy, setup, gpu)
-    hours = args.tokens / speed["tokens_per_second_per_gpu"] / (args.gpus * setup.nodes) / 3600
-    row |= speed | {"hours": hours, "price": hours * args.gpus * setup.nodes * args.price_per_gpu_hour}
-    verdict = "fits" if setup.accumulation == 1 else f"fits with {setup.accumulation} accumulation steps"
-    return row | {"verdict": verdict, "command": command(args, strategy, setup)}
+def check_choices(args: Arguments) -> list[str]:
+    mistakes = []
+    choices = {
+        "ask": QUESTIONS,
+        "attention": ATTENTION,
+        "checkpointing": ("auto", "True", "False"),
+        "validate": ("", "quick", "full"),
+    }
+    for name, allowed in choices.items():
+        if getattr(args, name) not in allowed:
+            mistakes.append(f"--{name} {getattr(args, name)}: choose from {', '.join(filter(None, allowed))}")
+    if args.output_dir and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        mistakes.append(f"--output_dir {args.output_dir}: it is a file; name a folder")
+    return mistakes
 
 
-def command(args: Arguments, strategy: Strategy, setup: Setup) -> str:
-    """What starts the strategy; MODEL is the folder of the weights, DATASET, to be set, that of the tokenized set."""
-    model = f"models/{args.model}" if args.model in MODELS else args.model.removesuffix("/config.json")
-    parts = [f"MODEL={model}", "DATASET=$DATASET", f"NUM_GPUS={setup.gpus}"]
-    if setup.nodes > 1:
-        parts += [f"NUM_NODES={setup.nodes}", "NODE_RANK=$NODE_RANK", "MASTER_ADDR=$MASTER_ADDR"]
-    parts += [f"sh scripts/{strategy.launcher}", *([strategy.flags] if strategy.flags else [])]
-    parts += [f"--per_device_train_batch_size {setup.rows}", f"--gradient_accumulation_steps {setup.accumulation}"]
-    parts += [f"--gradient_checkpointing {setup.checkpointing}", f"--padding_free {setup.padding_free}"]
-    parts += [f"--lora_rank {setup.lora_rank}"] * strategy.adapter
-    return " ".join(parts)
+def read_numbers(text: str) -> list[int]:
+    numbers = []
+    for part in str(text).split(","):
+        if not part.strip().isdecimal() or int(part) < 1:
+            raise ValueError("a number above 0, or several by commas")
+        numbers.append(int(part))
+    return numbers
 
 
-def best_rows(rows: list[dict]) -> list[dict]:
-    """The fastest row that trains all weights, and the fastest that trains an adapter, of those that fit."""
-    best = []
-    for adapter in (False, True):
-        fitting = [row for row in rows if "hours" in row and STRATEGIES[row["strategy"]].adapter == adapter]
-        best += sorted(fitting, key=lambda row: row["hours"])[:1]
-    return best
+def read_speed(text: str, presets: dict[str, tuple[float, str]]) -> float:
+    """Bytes/s of a preset's name, or of a number in GB/s."""
+    if text in presets:
+        return presets[text][0]
+    try:
+        speed = float(text) * GB
+    except ValueError:
+        speed = 0.0
+    if not 0 < speed < math.inf:
+        raise ValueError(f"a number of GB/s above 0, or one of {', '.join(presets)}")
+    return speed
 
 
-def scaling(args: Arguments, model: Model, gpu: GPU) -> list[dict]:
-    """FSDP over all machines against hybrid sharding, for 1, 2, 4, ... machines up to --nodes, at the same batch."""
+def read_strategies(text: str) -> tuple[str, ...]:
+    if text == "all":
+        return tuple(STRATEGIES)
+    if text in ("full", "lora"):
+        return tuple(name for name, strategy in STRATEGIES.items() if strategy.adapter == (text == "lora"))
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in STRATEGIES:
+            raise ValueError(f"choose from all, full, lora, {', '.join(STRATEGIES)}")
+    return names
+
+
+def read_targets(text: str) -> tuple[str, ...]:
+    if text == "all-linear":
+        return MATRICES
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in MATRICES:
+            raise ValueError(f"choose all-linear, or from {', '.join(MATRICES)}")
+    return names
+
+
+def read_card(args: Arguments) -> dict[str, GPU]:
+    """A card that the user describes, under the name custom; nothing if it is not described."""
+    given = (args.gpu_memory, args.gpu_flops, args.gpu_bandwidth)
+    if not any(given):
+        return {}
+    if not all(0 < number < math.inf for number in given):
+        raise ValueError(
+            "a card of your own needs all three: --gpu_memory GiB, --gpu_flops TFLOPS, --gpu_bandwidth GB/s"
+        )
+    # The shares are those of cards with GDDR memory.
+    card = GPU(
+        flops=args.gpu_flops * TFLOPS,
+        memory_bandwidth=args.gpu_bandwidth * GB,
+        memory=args.gpu_memory * GiB,
+        link=PCIE4,
+        product_share=0.75,
+        attention_share=0.5,
+        source="the command line",
+    )
+    return {"custom": card}
+
+
+@dataclass
+class Measured:
+    """What tools/doctor.py measured."""
+
+    gpus: dict[str, GPU]
+    speeds: dict[str, float]  # fields of Machine
+
+
+def read_machine(path: str | None) -> Measured:
+    """Raises ValueError if the file is not what tools/doctor.py --json writes."""
+    if path is None:
+        return Measured({}, {})
+    try:
+        measured = json.loads(Path(path).read_text(encoding="utf-8"))
+        gpus = {}
+        if measured.get("gpu"):
+            gpus["measured"] = GPU(**measured["gpu"])
+        if measured.get("cpu"):
+            gpus["cpu"] = GPU(**measured["cpu"])
+        return Measured(gpus, measured["speeds"])
+    except (OSError, ValueError, TypeError, KeyError) as problem:
+        raise ValueError(f"not a file that tools/doctor.py --json writes ({problem})") from None
+
+
+def read_gpus(text: str, custom: dict[str, GPU]) -> list[str]:
+    """Names of kinds; a described or a measured card takes the default's place."""
+    if text == "a100-80g" and custom and "cpu" not in custom:
+        return list(custom)
+    if text == "all":
+        return [*custom, *GPUS]
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in GPUS and name not in custom and name != "cpu":
+            raise ValueError(f"choose from all, cpu, {', '.join([*custom, *GPUS])}; or describe a card by --gpu_memory")
+    return names
+
+
+def measure_this_cpu(model, processes: int) -> GPU:
+    from planning.measure import measure_cpu  # imports torch, which the rest does not need
+
+    print("measuring this machine's CPU", file=sys.stderr, flush=True)
+    return measure_cpu(model, processes)
+
+
+def make_job(args: Arguments, model, strategies, targets, on_cpu: bool) -> Job:
+    checkpointing = None
+    if args.checkpointing != "auto":
+        checkpointing = args.checkpointing == "True"
+    setup = Setup(
+        sequence_length=args.sequence_length,
+        padding_free=args.padding_free,
+        target_share=args.target_share,
+        attention=args.attention,
+        compiled=args.torch_compile,
+        lora_rank=args.lora_rank,
+        lora_targets=targets,
+        optimizer_bytes=args.optimizer_bytes,
+        on_cpu=on_cpu,
+    )
+    return Job(
+        name=args.model,
+        model=model,
+        setup=setup,
+        batch=args.batch,
+        tokens=args.tokens,
+        strategies=strategies,
+        rows=args.rows,
+        accumulation=args.accumulation,
+        checkpointing=checkpointing,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Answers
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def answer_best(args: Arguments, question: Question) -> None:
+    """The best ways, or the cheapest of those within --deadline and --budget."""
+    job = question.job
+    ways = search.all_ways(job, question.machines, question.prices)
+    has_limits = args.deadline > 0 or args.budget > 0
+    good = search.within(ways, args.deadline, args.budget)
+    best = search.three_best(good, by_price=has_limits)
     table = []
-    for nodes in [2**i for i in range(int(math.log2(args.nodes)) + 1)]:
-        rows = max(1, args.batch // (args.gpus * nodes))
-        line = {"nodes": nodes, "rows_of_step": rows * args.gpus * nodes}
-        options = []  # (hours, machines of a shard group)
-        for group in [2**i for i in range(int(math.log2(nodes)) + 1)]:
-            for checkpointing in (False, True):
-                for micro in (micro for micro in range(1, rows + 1) if rows % micro == 0):
-                    setup = make_setup(args, nodes=nodes, checkpointing=checkpointing)
-                    setup = replace(setup, rows=micro, accumulation=rows // micro)
-                    held = replace(setup, nodes=group)  # a GPU holds what it holds in one group alone
-                    if memory(model, STRATEGIES["FSDP"], held)["total"] <= usable(gpu):
-                        speed = times(model, STRATEGIES["FSDP"], setup, gpu, shard_nodes=group)
-                        seconds = args.tokens / speed["tokens_per_second_per_gpu"] / (args.gpus * nodes)
-                        options.append((seconds / 3600, group))
-        line["fsdp_hours"] = min((hours for hours, group in options if group == nodes), default=None)
-        line["hsdp_hours"], line["hsdp_nodes"] = min((o for o in options if o[1] < nodes), default=(None, None))
-        table.append(line)
-    return table
-
-
-def print_plan(args: Arguments, model: Model, gpu: GPU, rows: list[dict]) -> None:
-    """The text table, with bytes in GB (10^9), but memory of the GPU in GiB, as its maker counts.
-
-    rows: of one forward, the fastest that fits; most: the most that fit.
-    """
-    print(f"{args.model}: {model.params / 1e9:.2f} billion parameters; {args.nodes} x {args.gpus} {args.gpu}, "
-          f"{usable(gpu) / GiB:.1f} of {gpu.memory / GiB:.0f} GiB usable; {args.batch} rows of "
-          f"{args.sequence_length} tokens a step")  # fmt: skip
-    kinds = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
-    header = f"{'strategy':20}{'ckpt':>5}{'rows':>6}{'most':>6}" + "".join(f"{kind[:8]:>10}" for kind in kinds)
-    header += f"{'GPU GiB':>9}{'host GB':>9}{'disk GB':>9}{'sent GB':>9}{'tok/s/GPU':>11}{'MFU':>6}{'hours':>8}"
-    print(header + (f"{'price':>10}" if args.price_per_gpu_hour else "") + "  verdict")
-    for row in rows:
-        line = f"{row['strategy']:20}{'yes' if row['checkpointing'] else 'no':>5}{row['rows_of_forward']:>6}"
-        line += f"{row['largest_rows_of_forward']:>6}"
-        line += "".join(f"{row[f'{kind}_bytes'] / GiB:>10.1f}" for kind in kinds)
-        line += f"{row['total_bytes'] / GiB:>9.1f}{row['host_bytes_per_node'] / GB:>9.0f}{row['disk_bytes'] / GB:>9.1f}"
-        if "hours" in row:
-            sent = row["link_bytes"] + row["network_bytes"] + row["offload_bytes"]
-            line += f"{sent / GB:>9.1f}{row['tokens_per_second_per_gpu']:>11,.0f}{row['mfu']:>6.0%}{row['hours']:>8.1f}"
-            line += f"{row['price']:>10,.0f}" if args.price_per_gpu_hour else ""
-        else:
-            line += " " * (44 if args.price_per_gpu_hour else 34)
-        print(f"{line}  {row['verdict']}")
-    for row in best_rows(rows):
-        what = "an adapter" if STRATEGIES[row["strategy"]].adapter else "all weights"
-        print(f"\nfastest for {what}: {row['strategy']}, {row['hours']:.1f} hours an epoch\n  {row['command']}")
-    if not best_rows(rows):
+    last = question.machines[-1]
+    if last[1].nodes > 1:
+        table = search.scaling(job, *last)
+    if args.output_dir:
+        show.draw(job, ways, Path(args.output_dir) / "plan.png")
+    if args.json:
+        print_json(job, ways, best, table)
+        return
+    print(show.headline(job))
+    if args.all:
+        show.print_all(ways)
+    if best:
+        show.print_best(job, best)
+    elif has_limits and search.within(ways, 0, 0):
+        print_missed(job, ways, args)
+    else:
         print("\nnothing fits: more GPUs, GPUs with more memory, shorter rows or a smaller model")
+    if table and args.all:
+        show.print_scaling(table)
 
 
-def print_scaling(table: list[dict]) -> None:
-    print("\nFSDP over all machines, and hybrid sharding (HSDP), for which the scripts have no flag:")
-    print("shards over a group of machines, copies over the groups")
-    print(f"{'machines':>9}{'rows a step':>13}{'FSDP hours':>12}{'HSDP hours':>12}{'machines of its group':>23}")
-    for line in table:
-        hours = (f"{line[name]:>12.2f}" if line[name] else f"{'-':>12}" for name in ("fsdp_hours", "hsdp_hours"))
-        print(f"{line['nodes']:>9}{line['rows_of_step']:>13}{''.join(hours)}{line['hsdp_nodes'] or '-':>23}")
-    paying = [line["nodes"] for line in table if line["hsdp_hours"] and line["hsdp_hours"] < 0.98 * line["fsdp_hours"]]
-    if paying:
-        print(f"hybrid sharding begins to pay at {paying[0]} machines")
+def print_missed(job: Job, ways: list[search.Way], args: Arguments) -> None:
+    """Nothing keeps the limits: what comes nearest to each."""
+    ranked = search.best_of_each(ways)
+    print(f"\nnothing ends within --deadline {args.deadline:g} hours and --budget {args.budget:g} dollars; the fastest "
+          "way, and the cheapest:")  # fmt: skip
+    cheapest = min(ranked, key=lambda way: way.price)
+    show.print_best(job, [ranked[0], cheapest])
 
 
-def draw_plan(args: Arguments, gpu: GPU, rows: list[dict], path: Path) -> None:
-    """A bar for each strategy, by kind of memory, against the GPU's size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(11, 0.33 * len(rows) + 2), layout="constrained")
-    names = [f"{row['strategy']}{', checkpointing' if row['checkpointing'] else ''} ({row['rows_of_forward']} rows)"
-             for row in rows]  # fmt: skip
-    left = [0.0] * len(rows)
-    for kind in ("weights", "gradients", "optimizer", "activations", "logits", "buffers"):
-        sizes = [row[f"{kind}_bytes"] / GiB for row in rows]
-        axis.barh(names, sizes, left=left, label=kind)
-        left = [start + size for start, size in zip(left, sizes, strict=True)]
-    axis.axvline(usable(gpu) / GiB, color="black", linestyle="--", label=f"usable of {args.gpu}")
-    shown = min(2.2 * gpu.memory / GiB, max(1.25 * gpu.memory / GiB, 1.05 * max(left)))
-    axis.set_xlim(0, shown)
-    for i, size in enumerate(left):
-        if size > shown:
-            axis.text(0.99 * shown, i, f"{size:,.0f} GiB", ha="right", va="center", color="white")
-    axis.invert_yaxis()
-    axis.set_xlabel("GiB on the fullest GPU at the worst moment of a step")
-    axis.set_title(f"{args.model} on {args.nodes} × {args.gpus} {args.gpu}")
-    axis.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+def print_json(job: Job, ways: list[search.Way], best: list[search.Way], table: list[dict]) -> None:
+    result = {
+        "model": job.name,
+        "parameters": job.model.params,
+        "rows": [search.to_json(way, show.command(job, way)) for way in ways],
+        "best": [search.to_json(way, show.command(job, way)) for way in best],
+        "scaling": table,
+    }
+    print(json.dumps(result, indent=2))
 
 
-def run_benchmark(name: str, *flags: str, stdout=None) -> int:
+def answer_models(args: Arguments, question: Question) -> None:
+    gpu, machine = question.machines[0]
+    models = MODELS
+    if args.model != "llama-7b":  # not the default
+        models = {args.model: question.job.model}
+    table = search.trainable(question.job, models, gpu, machine)
+    if args.json:
+        print(json.dumps({name: best for name, _, best in table}, indent=2))
+        return
+    print(f"what {machine.nodes} x {machine.gpus} {gpu} can train")
+    show.print_trainable(table)
+
+
+def answer_context(args: Arguments, question: Question) -> None:
+    gpu, machine = question.machines[0]
+    found = search.contexts(question.job, gpu, machine)
+    if args.json:
+        rows = [{"strategy": name, "checkpointing": ckpt, "tokens": length} for name, ckpt, length in found]
+        print(json.dumps(rows, indent=2))
+        return
+    print(f"{args.model} on {machine.nodes} x {machine.gpus} {gpu}")
+    show.print_contexts(found)
+
+
+def answer_gpus(args: Arguments, question: Question) -> None:
+    gpu, machine = question.machines[0]
+    price = question.prices.get(gpu, 0.0)
+    table = search.how_many_gpus(question.job, gpu, machine, price, args.deadline)
+    if args.json:
+        rows = []
+        for name, fewest, in_time in table:
+            row = {"strategy": name, "fewest_gpus": None, "gpus_for_deadline": None}
+            if fewest:
+                row["fewest_gpus"] = fewest.machine.num_gpus
+            if in_time:
+                row["gpus_for_deadline"] = in_time.machine.num_gpus
+            rows.append(row)
+        print(json.dumps(rows, indent=2))
+        return
+    print(f"{show.headline(question.job)}; machines of {machine.gpus} {gpu}")
+    show.print_gpu_counts(table, args.deadline)
+
+
+def print_lists() -> None:
+    """Everything that has a name, with its source."""
+    print(f"{'GPU':12}{'TFLOPS':>8}{'GB/s':>7}{'GiB':>7}{'link GB/s':>11}{'products':>10}{'attention':>11}  source")
+    for name, gpu in GPUS.items():
+        line = f"{name:12}{gpu.flops / TFLOPS:>8.0f}{gpu.memory_bandwidth / GB:>7.0f}{gpu.memory / GiB:>7.1f}"
+        line += f"{gpu.link / GB:>11.0f}{gpu.product_share:>10.0%}{gpu.attention_share:>11.0%}  {gpu.source}"
+        print(line)
+    for title, presets in (("--network", NETWORKS), ("--host_link", HOST_LINKS), ("--disk", DISKS)):
+        print(f"\n{title:12}{'GB/s':>8}")
+        for name, (speed, source) in presets.items():
+            print(f"{name:12}{speed / GB:>8.2f}  {source}")
+    print()
+    print("\n".join(textwrap.wrap("models: " + ", ".join(MODELS), width=118, subsequent_indent="  ")))
+
+
+def run_benchmark(name: str, *flags: str, is_json: bool = False) -> int:
     """Starts a program of benchmarks/, which nothing imports; returns its exit status."""
     sys.stdout.flush()
+    stdout = None
+    if is_json:  # JSON stays alone in its stream
+        stdout = sys.stderr
     return subprocess.run([sys.executable, str(ROOT / "benchmarks" / name), *flags], stdout=stdout).returncode
 
 
@@ -244,28 +431,22 @@ def main() -> None:
     parser = HfArgumentParser(Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
     try:
         (args,) = parser.parse_args_into_dataclasses()
-        model, gpu = check_arguments(args)
+        if args.list:
+            return print_lists()
+        if args.published:
+            sys.exit(run_benchmark("plan_published.py"))
+        question = check_arguments(args)
     except ValueError as mistakes:
         sys.exit(f"error: {mistakes}\n--help lists every flag with its default")
-    if args.published:
-        sys.exit(run_benchmark("plan_published.py"))
     if args.validate:
         sys.exit(run_benchmark("plan_validation.py", args.validate))
-    rows = [plan_row(args, model, gpu, name, ckpt) for name in STRATEGIES for ckpt in (False, True)]
-    table = scaling(args, model, gpu) if args.nodes > 1 else []
-    if args.json:
-        print(json.dumps({"parameters": model.params, "usable_bytes": usable(gpu), "rows": rows, "scaling": table,
-                          "best": [row["command"] for row in best_rows(rows)]}, indent=2))  # fmt: skip
-    else:
-        print_plan(args, model, gpu, rows)
-        if table:
-            print_scaling(table)
-    if args.output_dir:
-        draw_plan(args, gpu, rows, Path(args.output_dir) / "plan.png")
+    answers = {"best": answer_best, "models": answer_models, "context": answer_context, "gpus": answer_gpus}
+    answers[args.ask](args, question)
     if args.simulate:
-        names = ("model", "gpus", "nodes", "sequence_length", "lora_rank")
-        flags = [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
-        sys.exit(run_benchmark("plan_simulation.py", *flags, stdout=sys.stderr if args.json else None))
+        _, machine = question.machines[0]
+        flags = ["--model", args.model, "--gpus", str(machine.gpus), "--nodes", str(machine.nodes)]
+        flags += ["--sequence_length", str(args.sequence_length), "--lora_rank", str(args.lora_rank)]
+        sys.exit(run_benchmark("plan_simulation.py", *flags, is_json=args.json))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What tools/plan.py computes with: hardware, models, strategies, and their memory and time."""
+"""What tools/plan.py computes with: hardware, models, strategies, kernels, and from these memory and time."""

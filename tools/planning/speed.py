@@ -1,113 +1,323 @@
-"""Time by a roofline: arithmetic, memory traffic of what is no matrix product, and communication."""
+"""Time: what the kernels of a step take on a machine, and what its communication adds.
 
-from .hardware import BANDWIDTH_SHARE, GPU, HOST_ADAM, HOST_LINK, LATENCY, LAUNCH, MATMUL_SHARE, NETWORK
+A roofline: products and attention at their GPU's achievable rates, all else at the memory's bandwidth, and not faster
+than PyTorch can start operations. Communication hides behind arithmetic, but not perfectly. The constants stand in
+hardware.py; none belongs to a single row of benchmarks/published_runs.csv.
+"""
+
+from dataclasses import dataclass, replace
+
+from .hardware import (
+    DEEPSPEED_GATHER,
+    FSDP_GATHER,
+    GPU,
+    HOST_ADAM,
+    LINK_HOP,
+    LINK_SHARE,
+    NETWORK_HOP,
+    NETWORK_SHARE,
+    OVERLAP_LOSS,
+    Machine,
+)
+from .kernels import ATTENTION_SPEED, Work, attention_kernel, head_work, layer_work
+from .memory import NF4_BYTES, num_blocks, num_processes, place_layers, stage_layers, trained_params
 from .models import Model
 from .strategies import Setup, Strategy
 
 
-def times(
-    model: Model, strategy: Strategy, setup: Setup, gpu: GPU, shard_nodes: int = 0, attention: str = "sdpa"
-) -> dict[str, float]:
-    """Seconds of one optimizer step, and the bytes that each GPU sends in it over each kind of link.
+@dataclass(frozen=True)
+class Speed:
+    """One optimizer step."""
+
+    step_seconds: float
+    tokens_per_second_per_gpu: float
+    mfu: float  # share of the data sheet's FLOPs that the model's own work makes up, without what is computed again
+    flops: float  # that are executed, by all GPUs together
+    link_bytes: float  # that each GPU sends to others of its machine
+    network_bytes: float  # to other machines
+    offload_bytes: float  # to host memory
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one GPU sends, and how often it has to wait for a ring to go round."""
+
+    link: float = 0
+    network: float = 0
+    rounds: float = 0
+
+
+def speed(model: Model, strategy: Strategy, setup: Setup, machine: Machine) -> Speed:
+    """Seconds of one optimizer step, and what follows from them."""
+    if strategy.kind == "pp":
+        seconds = plain_seconds(model, strategy, setup, machine)
+        traffic = Traffic(link=setup.accumulation * 2 * border_bytes(model, setup))
+    elif strategy.kind == "1f1b":
+        seconds = pipeline_seconds(model, strategy, setup, machine)
+        traffic = pipeline_traffic(model, setup)
+    else:
+        seconds = sharded_seconds(model, strategy, setup, machine)
+        traffic = sharded_traffic(model, strategy, setup)
+    offloaded = 0.0
+    if strategy.offload:
+        offloaded = offload_traffic(model, strategy, setup)
+    processes = num_processes(strategy, setup)
+    num_gpus = setup.num_gpus
+    step_tokens = setup.tokens * setup.accumulation * processes
+    work = step_work(model, strategy, setup)
+    useful = step_work(model, strategy, replace(setup, checkpointing=False, padding_free=False))
+    return Speed(
+        step_seconds=seconds,
+        tokens_per_second_per_gpu=step_tokens / seconds / num_gpus,
+        mfu=useful.flops * processes / seconds / num_gpus / machine.gpu.flops,
+        flops=work.flops * processes,
+        link_bytes=traffic.link,
+        network_bytes=traffic.network,
+        offload_bytes=offloaded,
+    )
+
+
+def step_work(model: Model, strategy: Strategy, setup: Setup) -> Work:
+    """What one process computes in an optimizer step; a pipeline's devices together are one process."""
+    layers = layer_work(model, strategy, setup).times(model.layers)
+    return (layers + head_work(model, strategy, setup)).times(setup.accumulation)
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Arithmetic
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def bytes_per_second(gpu: GPU) -> float:
+    return gpu.memory_bandwidth * gpu.bandwidth_share
+
+
+def gpu_seconds(model: Model, setup: Setup, gpu: GPU, work: Work) -> float:
+    """What the GPU takes for some work, if operations are started fast enough."""
+    product_rate = gpu.flops * gpu.product_share * model.hidden / (model.hidden + gpu.narrow)
+    kernel = attention_kernel(setup)
+    if kernel == "eager":
+        attention_rate = product_rate
+    else:
+        length_share = setup.sequence_length / (setup.sequence_length + gpu.short_document)
+        attention_rate = gpu.flops * gpu.attention_share * ATTENTION_SPEED[kernel] * length_share
+    seconds = work.product_flops / product_rate + work.attention_flops / attention_rate
+    return seconds + work.moved / bytes_per_second(gpu)
+
+
+def compute_seconds(model: Model, setup: Setup, machine: Machine, work: Work, python: float = 0) -> float:
+    """What some work takes: the GPU's time, or that of Python, which starts operations and does more beside.
+
+    On a CPU both are done by the same core, one after the other.
 
     Args:
-        shard_nodes: hybrid sharding (HSDP): weights are sharded over so many machines, and each such group of machines
-            has a copy; 0: over all machines.
-        attention: sdpa, as this toolkit; eager, as transformers in 2023; fused, one kernel for each group of
-            elementwise operations.
+        python: seconds of Python for other things than starting operations.
     """
-    e, h, f, a = setup.compute_bytes, model.hidden, model.intermediate, model.attention_width
-    trained = model.lora_params(setup.lora_rank) if strategy.adapter else model.params
-    processes = 1 if strategy.kind == "pp" else setup.gpus * setup.nodes
-    tokens, micro_steps = setup.tokens, setup.accumulation
+    computing = gpu_seconds(model, setup, machine.gpu, work)
+    starting = work.launches * machine.gpu.launch + python
+    if machine.cores:
+        return computing + starting
+    return max(computing, starting)
 
-    # Arithmetic. Two operations for each matrix entry and token, forward; once more for the gradient of the input, and
-    # once more for that of the weight, unless it is frozen; and the forward again if activations are recomputed.
-    span = setup.tokens if setup.padding_free else setup.sequence_length  # a masked kernel computes what it masks
-    matrices = sum(inputs * outputs for inputs, outputs in model.linears)
-    per_layer, attention_flops = 2 * matrices, 4 * span * a  # scores, and their product with the values
-    head = 2 * model.vocab * h * (setup.target_share if setup.padding_free else 1)
-    passes = 2 if strategy.adapter else 3
-    again = 1 if setup.checkpointing else 0
-    flops = model.layers * (per_layer * (passes + again) + attention_flops * (3 + again)) + head * passes
-    useful = passes * (model.layers * (2 * matrices + 4 * setup.sequence_length * a) + 2 * model.vocab * h)
-    arithmetic = tokens * flops / (gpu.flops * MATMUL_SHARE)
 
-    # Memory traffic of what is no matrix product, forward, in bytes of a token and layer; twice that in the backward.
-    if attention == "fused":
-        elementwise = 2 * e * 2 * h + 4 * e * f + 2 * 3 * e * h + 4 * e * a  # norms, activation, residuals, attention
-    else:
-        norms = 2 * 36 * h  # six separate kernels for each RMSNorm, mostly in float32
-        rope = 2 * 20 * a
-        mlp = 10 * f
-        residuals = 12 * h
-        elementwise = norms + rope + mlp + residuals + 8 * a
-        if attention == "eager":  # ten passes over the scores, of which softmax has three in float32
-            elementwise += 32 * setup.sequence_length * model.heads
-    traffic = tokens * model.layers * elementwise * (3 + again)
-    traffic += tokens * 30 * model.vocab * (setup.target_share if setup.padding_free else 1)  # cross entropy, float32
-    if strategy.four_bit:  # every pass unpacks the weights to bf16
-        traffic += (2 + again) * 2.5 * model.params
-    memory_bandwidth = gpu.memory_bandwidth * BANDWIDTH_SHARE
-    launches = model.layers * (15 if attention == "fused" else 37) * (3 + again)
-    compute = micro_steps * max(arithmetic + traffic / memory_bandwidth, launches * LAUNCH)
+def crowded(seconds: float, machine: Machine, processes: int) -> float:
+    """More processes than a CPU has cores take turns."""
+    if machine.cores:
+        return seconds * max(1, processes / machine.cores)
+    return seconds
 
-    update = 28 * trained / processes / memory_bandwidth  # reads weight, gradient and moments, writes three of them
-    link, network, host = communication(model, strategy, setup, trained, shard_nodes or setup.nodes)
-    on_link = link / (gpu.link * BANDWIDTH_SHARE)
-    on_network = network / (NETWORK * BANDWIDTH_SHARE) + hops(model, strategy, setup, shard_nodes or setup.nodes)
-    # Communication hides behind arithmetic, but for the first layer's gathering and the last one's reduction.
-    exposed = (on_link + on_network) / max(1, micro_steps * model.layers)
-    seconds = max(compute, on_link + on_network) + exposed + update
+
+def update_seconds(model: Model, strategy: Strategy, setup: Setup, machine: Machine, trained: float) -> float:
+    """The optimizer's step on `trained` weights: gradient, weight and state are read, weight and state written."""
+    size = setup.weight_bytes
+    if strategy.adapter:
+        size = 4
+    moved = trained * (3 * size + 2 * setup.optimizer_bytes)
+    return moved / bytes_per_second(machine.gpu)
+
+
+def overlapped(first: float, second: float) -> float:
+    """Two things that go on at once, and hinder each other."""
+    return max(first, second) + OVERLAP_LOSS * min(first, second)
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# FSDP2 and ZeRO
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def sharded_seconds(model: Model, strategy: Strategy, setup: Setup, machine: Machine) -> float:
+    layers = layer_work(model, strategy, setup).times(model.layers)
+    work = layers + head_work(model, strategy, setup)
+    arithmetic = compute_seconds(model, setup, machine, work, gather_seconds(model, strategy, setup))
+    arithmetic = crowded(arithmetic, machine, setup.num_gpus)
+    each_micro_step, at_update = communication(model, strategy, setup)
+    seconds = setup.accumulation * overlapped(arithmetic, traffic_seconds(setup, machine, each_micro_step))
+    seconds += traffic_seconds(setup, machine, at_update)
+    trained = trained_params(model, strategy, setup)
+    shards = setup.gpus * (setup.shard_nodes or setup.nodes)
     if strategy.offload:
-        # Nothing of it overlaps in the reference rows: tensors of a micro-step over the host link, Adam on the CPU.
-        seconds += host / HOST_LINK + 28 * trained / processes / HOST_ADAM - update
-    num_gpus = setup.gpus * setup.nodes if strategy.kind != "pp" else setup.gpus
-    step_tokens = tokens * micro_steps * processes
-    return {
-        "step_seconds": seconds,
-        "tokens_per_second_per_gpu": step_tokens / seconds / num_gpus,
-        "mfu": step_tokens * useful / seconds / num_gpus / gpu.flops,
-        "link_bytes": link,
-        "network_bytes": network,
-        "offload_bytes": host,
-    }
-
-
-def communication(model: Model, strategy: Strategy, setup: Setup, trained: float, shard_nodes: int) -> tuple:
-    """Bytes that a GPU sends in an optimizer step: to GPUs of its machine, to other machines, to host memory."""
-    e, n, nodes = setup.compute_bytes, setup.gpus, setup.nodes
-    processes, micro_steps = n * nodes, setup.accumulation
-    if strategy.kind == "pp":
-        return 2 * e * model.hidden * setup.tokens * micro_steps, 0.0, 0.0  # activations and gradients at each border
-    whole = (4.127 / 8 if strategy.four_bit else e) * model.params
-    if strategy.kind == "fsdp":
-        moved = micro_steps * (2 * whole + (4 * trained))  # gathered twice; gradients reduced in float32
-    elif strategy.kind == "zero2":
-        moved = micro_steps * e * trained + e * trained  # gradients each micro-step, weights once
+        # Nothing of it overlaps in the published rows: tensors over the host link, then Adam on the CPU.
+        seconds += offload_traffic(model, strategy, setup) / machine.host_link
+        seconds += trained / shards * (12 + 2 * setup.optimizer_bytes) / HOST_ADAM
     else:
-        moved = micro_steps * (2 * whole + e * trained)
-    # A ring over a group: each GPU passes everything on; those of a machine share the way to the next one.
-    group, copies = n * shard_nodes, nodes // shard_nodes
-    link = moved * (group - 1) / group
-    network = moved / n * (shard_nodes - 1) / shard_nodes
-    network += 2 * 4 * trained / group * (copies - 1) / copies  # each shard's gradient averaged over the copies, once
-    host = 0.0
-    if strategy.offload:
-        gradients, weights = e * trained / processes, e * model.params / processes
-        if strategy.kind == "zero2":
-            # Gradients go down in every micro-step, and the sum so far comes up before; weights come up once.
-            host = (2 * micro_steps - 1) * gradients + e * trained / processes
-        else:
-            host = micro_steps * (2 * weights + gradients)
-    return link, network, host
+        seconds += update_seconds(model, strategy, setup, machine, trained / shards)
+    return seconds
 
 
-def hops(model: Model, strategy: Strategy, setup: Setup, shard_nodes: int) -> float:
-    """Seconds of latency in a step: a ring of N has N - 1 hops, for each collective of each layer."""
-    if setup.nodes == 1 or strategy.kind == "pp":
+def gather_seconds(model: Model, strategy: Strategy, setup: Setup) -> float:
+    """Python's time for the gathers of a micro-step: FSDP2 gathers layers, ZeRO-3 matrices."""
+    if setup.num_gpus == 1:
         return 0.0
-    ring = setup.gpus * shard_nodes if shard_nodes > 1 else 1  # within a machine a hop takes next to nothing
-    collectives = {"fsdp": 2 if strategy.adapter else 3, "zero2": 1, "zero3": 3}[strategy.kind] * setup.accumulation
-    copies = setup.nodes // shard_nodes
-    return LATENCY * model.layers * (collectives * (ring - 1) + 2 * (copies - 1))
+    num_passes = 2
+    if setup.checkpointing:
+        num_passes = 3
+    if strategy.kind == "fsdp":
+        return num_passes * model.layers * FSDP_GATHER
+    if strategy.kind == "zero3":
+        return num_passes * model.layers * len(model.matrices) * DEEPSPEED_GATHER
+    return 0.0
+
+
+def communication(model: Model, strategy: Strategy, setup: Setup) -> tuple[Traffic, Traffic]:
+    """What a GPU sends in each micro-step, and at the update.
+
+    A ring over a group: each GPU passes everything on; those of a machine share the way to the next one.
+    """
+    size = setup.compute_bytes
+    trained = trained_params(model, strategy, setup)
+    weights = size * model.params
+    if strategy.four_bit:
+        weights = NF4_BYTES * model.layers * model.layer_params + size * model.root_params
+    at_update = 0.0
+    if strategy.kind == "fsdp":
+        moved = 2 * weights + setup.reduce_bytes * trained  # gathered for forward and backward; gradients reduced
+        rounds = 3
+        if strategy.adapter:
+            rounds = 2
+    elif strategy.kind == "zero2":
+        moved = size * trained
+        at_update = size * trained  # the new weights, gathered once
+        rounds = 1
+    else:
+        moved = 2 * weights + size * trained
+        rounds = 3
+    shard_nodes = setup.shard_nodes or setup.nodes
+    each_micro_step = ring(setup, moved, shard_nodes, rounds * model.layers)
+    num_copies = setup.nodes // shard_nodes
+    if num_copies > 1:
+        # Hybrid sharding: each shard's gradient is summed over the copies, there and back, as the backward goes on.
+        shard = setup.reduce_bytes * trained / (setup.gpus * shard_nodes)
+        over_copies = Traffic(network=2 * shard * (num_copies - 1) / num_copies, rounds=2 * model.layers)
+        each_micro_step = Traffic(
+            each_micro_step.link,
+            each_micro_step.network + over_copies.network,
+            each_micro_step.rounds + over_copies.rounds * num_copies / max(1, shard_nodes),
+        )
+    return each_micro_step, ring(setup, at_update, shard_nodes, 0)
+
+
+def ring(setup: Setup, moved: float, shard_nodes: int, rounds: float) -> Traffic:
+    """What one GPU sends when `moved` bytes go round all GPUs of `shard_nodes` machines, in so many rounds."""
+    group = setup.gpus * shard_nodes
+    return Traffic(
+        link=moved * (group - 1) / group,
+        network=moved / setup.gpus * (shard_nodes - 1) / shard_nodes,
+        rounds=rounds,
+    )
+
+
+def traffic_seconds(setup: Setup, machine: Machine, traffic: Traffic) -> float:
+    """Both ways one behind the other, and what a message takes to go round the ring, whatever its size."""
+    seconds = traffic.link / (machine.gpu.link * LINK_SHARE) + traffic.network / (machine.network * NETWORK_SHARE)
+    if setup.num_gpus == 1:
+        return 0.0
+    shard_nodes = setup.shard_nodes or setup.nodes
+    hops = setup.gpus * shard_nodes * LINK_HOP
+    if setup.nodes > 1:
+        hops += shard_nodes * NETWORK_HOP
+    return seconds + traffic.rounds * hops
+
+
+def sharded_traffic(model: Model, strategy: Strategy, setup: Setup) -> Traffic:
+    """Bytes of a whole optimizer step."""
+    each_micro_step, at_update = communication(model, strategy, setup)
+    return Traffic(
+        link=setup.accumulation * each_micro_step.link + at_update.link,
+        network=setup.accumulation * each_micro_step.network + at_update.network,
+    )
+
+
+def offload_traffic(model: Model, strategy: Strategy, setup: Setup) -> float:
+    """Bytes between a GPU and host memory in an optimizer step."""
+    size = setup.compute_bytes
+    processes = setup.num_gpus
+    gradients = size * trained_params(model, strategy, setup) / processes
+    weights = size * model.params / processes
+    if strategy.kind == "zero2":
+        # Gradients go down in every micro-step, and the sum so far comes up before; weights come up once.
+        return (2 * setup.accumulation - 1) * gradients + gradients
+    return setup.accumulation * (2 * weights + gradients)
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Pipelines
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def border_bytes(model: Model, setup: Setup) -> float:
+    """What crosses from one device to the next in each micro-batch, one way."""
+    return setup.compute_bytes * model.hidden * setup.tokens
+
+
+def plain_seconds(model: Model, strategy: Strategy, setup: Setup, machine: Machine) -> float:
+    """The plain loops: the devices compute one after the other."""
+    layers = layer_work(model, strategy, setup).times(model.layers)
+    arithmetic = compute_seconds(model, setup, machine, layers + head_work(model, strategy, setup))
+    num_borders = num_blocks(model, setup) - 1
+    crossing = num_borders * 2 * border_bytes(model, setup) / (machine.gpu.link * LINK_SHARE)
+    seconds = setup.accumulation * (arithmetic + crossing)
+    # Each device updates its own weights, all at once; the largest part counts.
+    largest = max(place_layers(model.layers, num_blocks(model, setup))) / model.layers
+    trained = trained_params(model, strategy, setup)
+    return seconds + update_seconds(model, strategy, setup, machine, trained * largest)
+
+
+def pipeline_seconds(model: Model, strategy: Strategy, setup: Setup, machine: Machine) -> float:
+    """1F1B: the slowest stage works on every micro-batch, and the others' first and last ones come on top."""
+    stages = stage_layers(model, setup)
+    layer = layer_work(model, strategy, setup)
+    head = head_work(model, strategy, replace(setup, padding_free=True))  # only positions with a target
+    times = []
+    for number, num_layers in enumerate(stages):
+        work = layer.times(num_layers)
+        if number == len(stages) - 1:
+            work = work + head
+        times.append(compute_seconds(model, setup, machine, work))
+    crossing = 0.0
+    if len(stages) > 1:
+        crossing = border_bytes(model, setup) / slowest_border(setup, machine)
+    # A stage waits for what it gets where nothing else is to be done: while the pipeline fills and drains.
+    fill = sum(times) - max(times) + 2 * (len(stages) - 1) * crossing
+    steady = setup.accumulation * overlapped(max(times), 2 * crossing)
+    if machine.cores:  # stages that wait leave their cores to others
+        all_work = setup.accumulation * sum(times) / machine.cores
+        steady = max(steady, all_work - fill)
+    trained = trained_params(model, strategy, setup) * max(stages) / model.layers
+    return steady + fill + update_seconds(model, strategy, setup, machine, trained)
+
+
+def slowest_border(setup: Setup, machine: Machine) -> float:
+    """Bytes/s between two stages that follow each other, where it is slowest."""
+    link = machine.gpu.link * LINK_SHARE
+    if setup.nodes == 1:
+        return link
+    # One GPU of a machine sends to the next machine, and has all of its adapters: eight shares.
+    return min(link, machine.network * setup.gpus * NETWORK_SHARE)
+
+
+def pipeline_traffic(model: Model, setup: Setup) -> Traffic:
+    sent = setup.accumulation * border_bytes(model, setup)  # a stage in the middle sends as much back
+    if setup.nodes > 1:
+        return Traffic(link=2 * sent, network=2 * sent)
+    return Traffic(link=2 * sent)

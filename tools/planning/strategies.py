@@ -1,55 +1,107 @@
 """The strategies of this toolkit, and the size of one forward."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from .models import MATRICES
 
 
 @dataclass(frozen=True)
 class Strategy:
     """One way of the toolkit to train, and how a user starts it."""
 
-    kind: str  # pp, fsdp, zero2 or zero3
+    kind: str  # pp, 1f1b, fsdp, zero2 or zero3
+    launcher: str
     adapter: bool = False
     offload: bool = False
     four_bit: bool = False
-    launcher: str = ""
     flags: str = ""
 
+    @property
+    def is_one_process(self) -> bool:
+        """The plain loops, which spread the layers over the devices of one machine."""
+        return self.kind == "pp"
 
-ZERO, LORA = "finetune_pp_peft_trainer_deepspeed.sh", "finetune_pp_peft_trainer_lora.sh"
+    @property
+    def is_pipeline(self) -> bool:
+        """Each GPU has some of the layers, and sees all rows."""
+        return self.kind in ("pp", "1f1b")
+
+
+TRAINER = "finetune_pp_peft_trainer.sh"
+TRAINER_LORA = "finetune_pp_peft_trainer_lora.sh"
+DEEPSPEED = "finetune_pp_peft_trainer_deepspeed.sh"
+ZERO2 = "--deepspeed ds_configs/zero2.json"
+ZERO3 = "--deepspeed ds_configs/zero3.json"
+ZERO2_OFFLOAD = "--deepspeed ds_configs/zero2_offload.json"
+ZERO3_OFFLOAD = "--deepspeed ds_configs/zero3_offload.json"
+FULL = " --lora_used False"
+LORA = " --lora_used True"
+
 STRATEGIES = {
-    "pp": Strategy("pp", launcher="finetune_pp.sh"),
-    "pp_peft": Strategy("pp", adapter=True, launcher="finetune_pp_peft.sh"),
-    "FSDP": Strategy("fsdp", launcher="finetune_pp_peft_trainer.sh"),
-    "FSDP+LoRA": Strategy("fsdp", adapter=True, launcher=LORA),
-    "QLoRA": Strategy("fsdp", adapter=True, four_bit=True, launcher=LORA, flags="--load_in_4bit True"),
+    "pp": Strategy("pp", "finetune_pp.sh"),
+    "pp_peft": Strategy("pp", "finetune_pp_peft.sh", adapter=True),
+    "1F1B": Strategy("1f1b", "finetune_pp_1f1b.sh", flags=FULL.strip()),
+    "1F1B+LoRA": Strategy("1f1b", "finetune_pp_1f1b.sh", adapter=True, flags=LORA.strip()),
+    "FSDP": Strategy("fsdp", TRAINER),
+    "FSDP+LoRA": Strategy("fsdp", TRAINER_LORA, adapter=True),
+    "QLoRA": Strategy("fsdp", TRAINER_LORA, adapter=True, four_bit=True, flags="--load_in_4bit True"),
+    "ZeRO-2": Strategy("zero2", DEEPSPEED, flags=ZERO2 + FULL),
+    "ZeRO-2+LoRA": Strategy("zero2", DEEPSPEED, adapter=True, flags=ZERO2 + LORA),
+    "ZeRO-2 offload": Strategy("zero2", DEEPSPEED, offload=True, flags=ZERO2_OFFLOAD + FULL),
+    "ZeRO-2 offload+LoRA": Strategy("zero2", DEEPSPEED, adapter=True, offload=True, flags=ZERO2_OFFLOAD + LORA),
+    "ZeRO-3": Strategy("zero3", DEEPSPEED, flags=ZERO3 + FULL),
+    "ZeRO-3+LoRA": Strategy("zero3", DEEPSPEED, adapter=True, flags=ZERO3 + LORA),
+    "ZeRO-3 offload": Strategy("zero3", DEEPSPEED, offload=True, flags=ZERO3_OFFLOAD + FULL),
+    "ZeRO-3 offload+LoRA": Strategy("zero3", DEEPSPEED, adapter=True, offload=True, flags=ZERO3_OFFLOAD + LORA),
 }
-for stage in ("2", "3"):
-    for offload in (False, True):
-        config = f"--deepspeed ds_configs/zero{stage}{'_offload' if offload else ''}.json"
-        for adapter in (False, True):
-            name = f"ZeRO-{stage}{' offload' if offload else ''}{'+LoRA' if adapter else ''}"
-            flags = f"{config} --lora_used {adapter}"
-            STRATEGIES[name] = Strategy(f"zero{stage}", adapter, offload, launcher=ZERO, flags=flags)
+
+# Kernels of attention, by the scripts' --attn_implementation; flash_attention_1 is for runs of others.
+ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention", "flash_attention_1")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is the same for all strategies, and the size of one forward."""
+    """How a strategy runs: what is the same for all strategies, and the size of one forward."""
 
     gpus: int = 8  # of one machine
     nodes: int = 1
+    shard_nodes: int = 0  # hybrid sharding: weights are sharded over so many machines; 0: over all of them
     rows: int = 1  # rows of one forward of one process
     accumulation: int = 1
-    sequence_length: int = 512  # tokens of a row
+    sequence_length: int = 512  # tokens of a row, which is one document
     checkpointing: bool = False
     padding_free: bool = True  # the rows of a forward joined to one
     target_share: float = 1.0  # share of the tokens that are targets; only those get logits if padding-free
+    has_mask: bool = True  # padded rows come with a mask; some programs leave it out, as padding has no target
+    attention: str = "auto"
+    compiled: bool = False  # the scripts' --torch_compile: elementwise operations in few kernels
     lora_rank: int = 8
+    lora_targets: tuple[str, ...] = field(default=MATRICES)
     lora_dropout: bool = True
     compute_bytes: int = 2  # of a number in the forward: bf16; 4 in float32
-    on_cpu: bool = False  # CPU processes, as in --validate
+    weight_bytes: int = 4  # of a trained weight
+    optimizer_bytes: float = 8  # of the optimizer's state, for each trained weight: AdamW's two moments in float32
+    reduce_bytes: int = 4  # of a gradient that FSDP reduces
+    chunked_loss: bool = True  # with joined rows logits exist for 512 targets at a time, as data_collator.py does it
+    logit_bytes: int = 12  # else, of each logit: log-softmax and two gradients in float32; more where others keep it
+    loads_whole: bool = False  # QLoRA: the model is loaded in bf16 on the GPU and quantised there, as LitGPT does
+    on_cpu: bool = False  # CPU processes
 
     @property
     def tokens(self) -> int:
         """Tokens of one forward of one process."""
         return self.rows * self.sequence_length
+
+    @property
+    def num_gpus(self) -> int:
+        return self.gpus * self.nodes
+
+    @property
+    def is_joined(self) -> bool:
+        """Several rows in one: attention goes document by document, without a mask."""
+        return self.padding_free and self.rows > 1
+
+    @property
+    def is_masked(self) -> bool:
+        """Several padded rows need a mask."""
+        return self.rows > 1 and not self.padding_free and self.has_mask

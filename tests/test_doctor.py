@@ -1,17 +1,19 @@
 """tools/doctor.py: what must stop a run stops it, what is right passes, and nothing of a rehearsal stays behind."""
 
 import copy
-import importlib.util
+import json
 import sys
 from dataclasses import dataclass
 
 import pytest
+import torch
 from conftest import ROOT, make_tokenizer, random_rows, run_script, save_rows, save_tiny_model
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-spec = importlib.util.spec_from_file_location("doctor_tool", ROOT / "tools" / "doctor.py")
-doctor = importlib.util.module_from_spec(spec)
-sys.modules["doctor_tool"] = doctor
-spec.loader.exec_module(doctor)
+sys.path.insert(0, str(ROOT / "tools"))
+import doctor  # noqa: E402
+import watch_weights  # noqa: E402
 
 
 def levels(checks) -> list[str]:
@@ -40,6 +42,46 @@ def test_gradients_where_they_must_be_and_moves_only_there():
     assert levels(doctor.check_weights([strayed])) == ["ok", "ok", "ok", "FAIL"]
     nothing = {"gradients": [{}, {}], "before": {"weight": 1.0}, "after": {"weight": 1.0}, "frozen": ["weight"]}
     assert "FAIL" in levels(doctor.check_weights([nothing]))
+
+
+class Decoder(torch.nn.Module):
+    """An embedding that is frozen, a layer that is trained, and one that nothing reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(10, 4).requires_grad_(False)
+        self.layer = torch.nn.Linear(4, 4)
+        self.unused = torch.nn.Linear(4, 4)
+
+    def forward(self, ids):
+        return self.layer(self.embedding(ids))
+
+
+def test_the_watch_sees_gradients_and_moves_by_name(tmp_path):
+    """Two micro-batches a step; the head's weight is used without calling its layer, so it has no name."""
+    decoder = Decoder()
+    head = torch.nn.Linear(4, 10, bias=False)
+    watch = watch_weights.Watch(str(tmp_path / "watched"))
+    hooks = [
+        register_module_forward_pre_hook(watch.before_forward),
+        register_optimizer_step_pre_hook(watch.before_update),
+    ]
+    optimizer = torch.optim.AdamW([*decoder.layer.parameters(), *decoder.unused.parameters(), head.weight], lr=0.1)
+    for _ in range(3):
+        for ids in (torch.tensor([1, 2]), torch.tensor([3, 4])):
+            with torch.no_grad():
+                decoder(ids)  # an evaluation is not looked at
+            (decoder(ids) @ head.weight.T).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for hook in hooks:
+        hook.remove()
+    found = json.loads((tmp_path / "watched.0").read_text())
+    name = "tensor 1 without a name, [10, 4]"
+    assert found["frozen"] == ["embedding.weight"]
+    assert [sorted(step) for step in found["gradients"]] == [["layer.bias", "layer.weight", name]] * 2
+    moved = [key for key in found["before"] if found["before"][key] != found["after"][key]]
+    assert sorted(moved) == ["layer.bias", "layer.weight", name]
 
 
 @dataclass

@@ -4,13 +4,14 @@
     python tools/doctor.py -- finetune_pp_peft.py --dataset_path data_sample/tokenized/triage_train
     python tools/doctor.py --num_processes 8 -- finetune_pp_peft_trainer.py --model_path models/llama-7b
 
-What stands behind `--` is the script and the flags of the run to come. It is started with them for two steps in a
-temporary folder beside --output_dir, saved, and resumed for a third; then the folder is deleted. Meanwhile every
-gradient and every weight is watched.
+What stands behind `--` is the script and the flags of the run to come. It is started with them for three steps in a
+temporary folder beside --output_dir, saved, and resumed for a fourth; then the folder is deleted. Meanwhile
+tools/watch_weights.py watches every gradient and every weight.
 
 Prints a line for each check: ok, note (it will run, but), or FAIL, with the remedy. The exit status is 1 if one failed.
 """
 
+import importlib
 import json
 import math
 import os
@@ -22,11 +23,27 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-OK, NOTE, FAIL = "ok", "note", "FAIL"
-Check = tuple[str, str, str]  # level, what was found, remedy
+OK = "ok"
+NOTE = "note"
+FAIL = "FAIL"
+NUM_STEPS = 3  # of the rehearsal: gradients are looked at in two steps, and weights before the third
+
+
+class Check(NamedTuple):
+    level: str
+    found: str
+    remedy: str = ""
+
+
+def check(is_good: bool, found: str, remedy: str, otherwise: str = FAIL) -> Check:
+    """ok, or `otherwise` with the remedy."""
+    if is_good:
+        return Check(OK, found)
+    return Check(otherwise, found, remedy)
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -38,8 +55,8 @@ def check_versions() -> list[Check]:
     """Python, and the packages against requirements.txt, which names what was tested together."""
     from importlib.metadata import PackageNotFoundError, version
 
-    python = ".".join(map(str, sys.version_info[:3]))
-    checks = [(OK if sys.version_info >= (3, 11) else FAIL, f"Python {python}", "install Python 3.11 or newer")]
+    python = ".".join(str(number) for number in sys.version_info[:3])
+    checks = [check(sys.version_info >= (3, 11), f"Python {python}", "install Python 3.11 or newer")]
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         name, _, tested = line.partition("==")
         if not tested or name.startswith("#"):
@@ -47,85 +64,119 @@ def check_versions() -> list[Check]:
         try:
             found = version(name)
         except PackageNotFoundError:
-            level = NOTE if name == "deepspeed" else FAIL
-            checks.append((level, f"{name} is missing", f"pip install {name}=={tested}"))
+            level = FAIL
+            if name == "deepspeed":  # only one script needs it
+                level = NOTE
+            checks.append(Check(level, f"{name} is missing", f"pip install {name}=={tested}"))
             continue
         if found.split("+")[0] != tested:
             remedy = f"if something fails: pip install {name}=={tested}, the tested version"
-            checks.append((NOTE, f"{name} {found}", remedy))
+            checks.append(Check(NOTE, f"{name} {found}", remedy))
     if len(checks) == 1:
-        checks.append((OK, "all packages are the tested versions", ""))
+        checks.append(Check(OK, "all packages are the tested versions"))
     return checks
+
+
+def list_drivers() -> list[str]:
+    """The driver's version for each GPU that nvidia-smi lists."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.split()
 
 
 def check_gpus() -> list[Check]:
     """CUDA, driver, NCCL and free memory of each GPU, or why PyTorch sees none; bf16."""
     import torch
 
-    import data_collator
-
-    smi = shutil.which("nvidia-smi")
-    query = [smi, "--query-gpu=driver_version,name", "--format=csv,noheader"]
-    listed = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines() if smi else []
-    number = torch.cuda.device_count()
-    bf16 = data_collator.use_bf16("auto", number == 0)
-    if number == 0 and listed:
-        remedy = "install a PyTorch built for CUDA, or a newer driver; look at CUDA_VISIBLE_DEVICES"
-        return [(FAIL, f"nvidia-smi lists {len(listed)} GPUs, and PyTorch {torch.__version__} sees none", remedy)]
-    checks = []
-    if number == 0:
-        checks.append((NOTE, f"no GPU: training runs on the CPU, {os.cpu_count()} cores", "fine for the sample model"))
+    drivers = list_drivers()
+    num_gpus = torch.cuda.device_count()
+    if num_gpus == 0 and drivers:
+        found = f"nvidia-smi lists {len(drivers)} GPUs, and PyTorch {torch.__version__} sees none"
+        return [Check(FAIL, found, "install a PyTorch built for CUDA, or a newer driver; look at CUDA_VISIBLE_DEVICES")]
+    if num_gpus == 0:
+        found = f"no GPU: training runs on the CPU, {os.cpu_count()} cores"
+        checks = [Check(NOTE, found, "fine for the sample model")]
+        # The training scripts decide by the same questions, which have no public name in PyTorch.
+        is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     else:
-        driver = listed[0].split(",")[0] if listed else "unknown"
-        nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "missing"
-        level = FAIL if nccl == "missing" and number > 1 else OK
-        found = f"{number} GPUs, CUDA {torch.version.cuda}, driver {driver}, NCCL {nccl}"
-        checks.append((level, found, "install a PyTorch built with NCCL"))
-        for i in range(number):
-            free, total = torch.cuda.mem_get_info(i)
-            level = OK if free > 0.9 * total else NOTE
-            found = f"GPU {i}, {torch.cuda.get_device_name(i)}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-            checks.append((level, found, "another process uses it: nvidia-smi shows which"))
-    level = OK if bf16 or number == 0 else NOTE
-    checks.append((level, f"bf16 is {'fast here' if bf16 else 'not fast here: float32 is used'}", "a newer GPU"))
+        checks = check_cuda(num_gpus, drivers)
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    if is_fast:
+        checks.append(Check(OK, "bf16 is fast here"))
+    else:
+        is_expected = num_gpus == 0
+        checks.append(check(is_expected, "bf16 is not fast here: float32 is used", "a newer GPU", otherwise=NOTE))
+    return checks
+
+
+def check_cuda(num_gpus: int, drivers: list[str]) -> list[Check]:
+    import torch
+
+    driver = "unknown"
+    if drivers:
+        driver = drivers[0]
+    nccl = "missing"
+    if torch.distributed.is_nccl_available():
+        nccl = ".".join(str(number) for number in torch.cuda.nccl.version())
+    found = f"{num_gpus} GPUs, CUDA {torch.version.cuda}, driver {driver}, NCCL {nccl}"
+    checks = [check(nccl != "missing" or num_gpus == 1, found, "install a PyTorch built with NCCL")]
+    for number in range(num_gpus):
+        free, total = torch.cuda.mem_get_info(number)
+        name = torch.cuda.get_device_name(number)
+        found = f"GPU {number}, {name}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        checks.append(check(free > 0.9 * total, found, "another process uses it: nvidia-smi shows which", NOTE))
     return checks
 
 
 def check_compilers() -> list[Check]:
     """DeepSpeed builds its kernels when they are first used."""
-    missing = [name for name in ("c++", "ninja") if not shutil.which(name)]
+    missing = []
+    for name in ("c++", "ninja"):
+        if not shutil.which(name):
+            missing.append(name)
     if not shutil.which("nvcc") and shutil.which("nvidia-smi"):
         missing.append("nvcc")
+    if not missing:
+        return [Check(OK, "compilers for DeepSpeed's kernels: all there")]
+    found = f"compilers for DeepSpeed's kernels: missing {', '.join(missing)}"
     remedy = "only for DeepSpeed's own kernels, which the files in ds_configs/ do without; apt install g++ ninja-build"
-    found = f"compilers for DeepSpeed's kernels: {'missing ' + ', '.join(missing) if missing else 'all there'}"
-    return [(NOTE if missing else OK, found, remedy)]
+    return [Check(NOTE, found, remedy)]
 
 
 def check_limits() -> list[Check]:
     """Open files, shared memory (NCCL and data loaders use it), host memory."""
     import psutil
 
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
+    num_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    shared = 0
+    if Path("/dev/shm").is_dir():
+        shared = shutil.disk_usage("/dev/shm").total
     memory = psutil.virtual_memory()
+    found_memory = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of host memory free"
+    found_shared = f"{shared / 2**30:.1f} GiB of shared memory"
     return [
-        (OK if files >= 1024 else FAIL, f"{files} open files allowed", "ulimit -n 65536"),
-        (OK if shared >= 2**30 else NOTE, f"{shared / 2**30:.1f} GiB of shared memory",
-         "in a container: docker run --shm-size 8g"),
-        (OK if memory.available > 2**31 else FAIL,
-         f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of host memory free", "end other programs"),
-    ]  # fmt: skip
+        check(num_files >= 1024, f"{num_files} open files allowed", "ulimit -n 65536"),
+        check(shared >= 2**30, found_shared, "in a container: docker run --shm-size 8g", otherwise=NOTE),
+        check(memory.available > 2**31, found_memory, "end other programs"),
+    ]
 
 
 def existing_parent(path: Path) -> Path:
-    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    """The nearest folder above `path` that is there, or `path` itself."""
+    for folder in (path, *path.absolute().parents):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(path)
 
 
 def check_disk(output_dir: Path) -> list[Check]:
     """Space, and the speed of 128 MB that really reach the disk."""
     folder = existing_parent(output_dir)
     free = shutil.disk_usage(folder).free
-    block, started = os.urandom(2**20), time.perf_counter()
+    block = os.urandom(2**20)
+    started = time.perf_counter()
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             for _ in range(128):
@@ -133,163 +184,98 @@ def check_disk(output_dir: Path) -> list[Check]:
             file.flush()
             os.fsync(file.fileno())
     except OSError as problem:  # no space, a quota, no permission, /proc
-        return [(FAIL, f"nothing can be written into {folder}: {problem}", "choose another --output_dir")]
+        return [Check(FAIL, f"nothing can be written into {folder}: {problem}", "choose another --output_dir")]
     speed = 128 / (time.perf_counter() - started)
+    remedy = "checkpoints will be slow: choose a local disk"
     return [
-        (OK if free > 5e9 else FAIL, f"{free / 1e9:,.0f} GB free in {folder}", "delete old checkpoints"),
-        (OK if speed > 100 else NOTE, f"{speed:,.0f} MB/s written", "checkpoints will be slow: choose a local disk"),
+        check(free > 5e9, f"{free / 1e9:,.0f} GB free in {folder}", "delete old checkpoints"),
+        check(speed > 100, f"{speed:,.0f} MB/s written", remedy, otherwise=NOTE),
     ]
 
 
 # -------------------------------------------------------------------------------------------------------------------
-# The rehearsal: inside the script's own process
-# -------------------------------------------------------------------------------------------------------------------
-
-
-def watch(output: str, script: str, flags: list[str]) -> None:
-    """Runs a training script in this process, and writes what its weights and gradients did as JSON, for each rank.
-
-    gradients: for each step, the largest absolute gradient of every trained tensor, by name; with sharding, of this
-    rank's shard. before, after: a checksum of every tensor's local data, before the first step and at the end.
-    """
-    import runpy
-
-    import torch
-    import torch.distributed as dist
-    import transformers
-
-    found = {"gradients": [], "before": {}, "after": {}, "frozen": []}
-    models = []
-
-    def local(parameter):
-        for name in ("_local_tensor", "ds_tensor"):  # FSDP2's and ZeRO-3's shard
-            parameter = getattr(parameter, name, parameter)
-        return parameter.detach()
-
-    def checksum(parameter) -> float:
-        data = local(parameter).flatten()
-        data = data.view(torch.uint8) if not data.is_floating_point() else data
-        return float(data.double().sum()) + float(data.double().square().sum())
-
-    def checksums() -> dict[str, float]:
-        return {name: checksum(parameter) for name, parameter in models[-1].named_parameters()}
-
-    def note(name: str, gradient) -> None:
-        step = found["gradients"][-1]
-        step[name] = max(step.get(name, 0.0), float(local(gradient).abs().max()) if gradient.numel() else 0.0)
-
-    # Under all ways to load and to go back: AutoModelForCausalLM and the pipeline's stages, losses and their schedule.
-    backward, from_pretrained = torch.autograd.backward, transformers.PreTrainedModel.from_pretrained.__func__
-    step_scheduler = torch.optim.lr_scheduler.LRScheduler.step
-
-    def remember(model_class, *args, **kwargs):
-        models.append(from_pretrained(model_class, *args, **kwargs))
-        return models[-1]
-
-    def first_backward(*args, **kwargs):
-        torch.autograd.backward = backward
-        found["gradients"] = [{}]
-        for name, parameter in models[-1].named_parameters():
-            if not parameter.requires_grad:
-                found["frozen"].append(name)
-            elif not hasattr(parameter, "_local_tensor"):
-                parameter.register_hook(lambda gradient, name=name: note(name, gradient))
-        return backward(*args, **kwargs)
-
-    def before_update(*_) -> None:
-        if not found["before"]:  # not earlier: FSDP2 held some parameters whole since the forward
-            found["before"] = checksums()
-        for name, parameter in models[-1].named_parameters():
-            if hasattr(parameter, "_local_tensor") and parameter.grad is not None:
-                note(name, parameter.grad)
-
-    def after_update(self, *args, **kwargs):
-        if found["gradients"]:  # else it is a scheduler's first call, when it is made
-            found["gradients"].append({})
-            found["after"] = checksums()
-            rank = dist.get_rank() if dist.is_initialized() else 0
-            Path(f"{output}.{rank}").write_text(json.dumps(found))
-        return step_scheduler(self, *args, **kwargs)
-
-    transformers.PreTrainedModel.from_pretrained = classmethod(remember)
-    torch.autograd.backward = first_backward
-    torch.optim.lr_scheduler.LRScheduler.step = after_update
-    from torch.optim.optimizer import register_optimizer_step_pre_hook
-
-    register_optimizer_step_pre_hook(before_update)
-    if any(flag.removeprefix("--peft_mode=") in ("prefix", "ptuning", "prompt") for flag in flags):
-        import peft
-
-        get_peft_model = peft.get_peft_model
-
-        def remember_adapter(model, *args, **kwargs):  # virtual tokens stand beside the base model
-            adapted = get_peft_model(model, *args, **kwargs)
-            if next(model.parameters()).device.type != "meta":
-                models.append(adapted)
-            return adapted
-
-        peft.get_peft_model = remember_adapter
-    sys.argv = [script, *flags]
-    runpy.run_path(script, run_name="__main__")
-
-
-# -------------------------------------------------------------------------------------------------------------------
-# The rehearsal: around the script
+# The rehearsal
 # -------------------------------------------------------------------------------------------------------------------
 
 
 def run(script: str, flags: list[str], num_processes: int, watched: Path | None) -> subprocess.CompletedProcess:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    command = [sys.executable, *(launch if num_processes > 1 else [])]
-    command += [__file__, "--watch", str(watched), script] if watched else [script]
-    return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
+    """Runs a training script, watched if `watched` names the file to write."""
+    command = [sys.executable]
+    if num_processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    if watched:
+        command += [str(ROOT / "tools" / "watch_weights.py"), str(watched)]
+    return subprocess.run([*command, script, *flags], cwd=ROOT, capture_output=True, text=True)
 
 
 def rehearse(script: str, flags: list[str], num_processes: int) -> list[Check]:
-    """Two steps, saved; a third, resumed."""
+    """Three steps, saved; a fourth, resumed."""
     args = parse(script, flags)
     parent = existing_parent(Path(args.output_dir).absolute().parent)
-    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=parent) as folder:
-        output, watched = Path(folder) / "run", Path(folder) / "watched"
+    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=parent) as name:
+        folder = Path(name)
+        output = folder / "run"
+        short = [*flags, "--output_dir", str(output), "--max_steps", str(NUM_STEPS)]
+        short += ["--save_steps", "1", "--save_total_limit", "1", "--logging_steps", "1", "--eval_steps", "3"]
         # A rate of zero in the first step, as warm-up has it, would leave lora_A without a gradient in the second.
-        changed = {"output_dir": output, "max_steps": 2, "save_steps": 1, "logging_steps": 1, "warmup_steps": 0}
-        changed |= {"lr_scheduler_type": "constant_with_warmup", "report_to": "none", "resume_from_checkpoint": "False"}
-        changed |= {"eval_steps": 2, "save_total_limit": 1}
-        short = [*flags, *(word for name, value in changed.items() for word in (f"--{name}", str(value)))]
-        completed = run(script, short, num_processes, watched)
+        short += ["--warmup_steps", "0", "--lr_scheduler_type", "constant_with_warmup"]
+        short += ["--report_to", "none", "--resume_from_checkpoint", "False"]
+        completed = run(script, short, num_processes, folder / "watched")
         if completed.returncode != 0:
-            return [(FAIL, f"{script} ended with {completed.returncode}", last_lines(completed))]
-        ranks = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("watched.*"))]
+            return [Check(FAIL, f"{script} ended with {completed.returncode}", last_lines(completed))]
+        ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("watched.*"))]
         history = json.loads((output / "trainer_state.json").read_text())["log_history"]
         checks = check_data(args) + check_loss(args, history) + check_weights(ranks) + check_saved(args, output)
-        resumed = run(script, [*short, "--max_steps", "3", "--resume_from_checkpoint", "True"], num_processes, None)
-        state = output / "trainer_state.json"
-        steps = [row["step"] for row in json.loads(state.read_text())["log_history"]] if state.is_file() else []
-        level = OK if resumed.returncode == 0 and steps == [1, 2, 3] else FAIL
-        remedy = last_lines(resumed) if level == FAIL else ""
-        checks.append((level, "what was saved is read again, and training goes on from it", remedy))
+        longer = [*short, "--max_steps", str(NUM_STEPS + 1), "--resume_from_checkpoint", "True"]
+        resumed = run(script, longer, num_processes, None)
+        checks.append(check_resumed(resumed, output))
     return checks
 
 
+def check_resumed(resumed: subprocess.CompletedProcess, output: Path) -> Check:
+    found = "what was saved is read again, and training goes on from it"
+    state = output / "trainer_state.json"
+    if resumed.returncode != 0 or not state.is_file():
+        return Check(FAIL, found, last_lines(resumed))
+    steps = [row["step"] for row in json.loads(state.read_text())["log_history"]]
+    expected = list(range(1, NUM_STEPS + 2))
+    return check(steps == expected, found, f"the log has steps {steps}, and not {expected}: a fault of the script")
+
+
 def last_lines(completed: subprocess.CompletedProcess) -> str:
+    """The end of what a script printed, from its own error message on."""
     text = completed.stderr.strip() or completed.stdout.strip()
     # What torchrun says after the script's own words only tells that a process ended.
-    text = re.split(r"^[EW]\d{4} .*torch/distributed/elastic", text, maxsplit=1, flags=re.MULTILINE)[0].strip() or text
-    mistakes = text[text.index("error:") :] if "error:" in text else text
-    return "\n      ".join(mistakes.splitlines()[-8:])
+    own_words = re.split(r"^[EW]\d{4} .*torch/distributed/elastic", text, maxsplit=1, flags=re.MULTILINE)[0].strip()
+    text = own_words or text
+    if "error:" in text:
+        text = text[text.index("error:") :]
+    return "\n      ".join(text.splitlines()[-8:])
 
 
 def parse(script: str, flags: list[str]):
     """The script's own arguments; a mistake ends this program with the script's message."""
-    import importlib
-
     from transformers import HfArgumentParser
 
     module = importlib.import_module(script.removesuffix(".py"))
     try:
-        return HfArgumentParser(module.Arguments, allow_abbrev=False).parse_args_into_dataclasses(flags)[0]
+        (args,) = HfArgumentParser(module.Arguments, allow_abbrev=False).parse_args_into_dataclasses(flags)
     except ValueError as mistake:
         sys.exit(f"error: {mistake}")
+    return args
+
+
+def split_documents(row: dict) -> list[tuple[list[int], list[int]]]:
+    """(ids, labels) of each document of a row; a packed row has several."""
+    ids = row["input_ids"].tolist()
+    labels = row["labels"].tolist()
+    starts = [0]
+    if "position_ids" in row:  # they begin again at 0 with each document
+        starts = [number for number, position in enumerate(row["position_ids"].tolist()) if position == 0]
+    documents = []
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        documents.append((ids[start:end], labels[start:end]))
+    return documents
 
 
 def check_data(args) -> list[Check]:
@@ -299,124 +285,192 @@ def check_data(args) -> list[Check]:
     from data_collator import TokenizedDataset
 
     tokenizer = AutoTokenizer.from_pretrained(args.model_path)
-    dataset = TokenizedDataset(args.dataset_path, passage_length=args.passage_length if args.random_passage else 0)
-    documents = []  # (ids, labels)
-    for i in range(min(200, len(dataset))):
-        row = dataset[i]
-        starts = [j for j, p in enumerate(row["position_ids"].tolist()) if p == 0] if "position_ids" in row else [0]
-        for start, end in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True):
-            documents.append((row["input_ids"][start:end].tolist(), row["labels"][start:end].tolist()))
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    taught = sum(eos in labels for _, labels in documents)
-    doubled = sum(bos is not None and ids[:2] == [bos, bos] for ids, _ in documents)
-    level = OK if taught == len(documents) or args.random_passage else NOTE if taught else FAIL
-    remedy = "the model will not learn to stop: tokenize again with data_sample/tokenize_dataset.py"
-    checks = [(level, f"EOS is a target in {taught} of {len(documents)} documents", remedy)]
-    remedy = "the template writes BOS and the tokenizer adds another: tokenize with data_sample/tokenize_dataset.py"
-    checks.append((FAIL if doubled else OK, f"{doubled} of {len(documents)} documents begin with two BOS", remedy))
-    return checks
+    passage_length = 0
+    if args.random_passage:
+        passage_length = args.passage_length
+    dataset = TokenizedDataset(args.dataset_path, passage_length=passage_length)
+    documents = []
+    for number in range(min(200, len(dataset))):
+        documents += split_documents(dataset[number])
+    num_taught = 0
+    num_doubled = 0
+    for ids, labels in documents:
+        if tokenizer.eos_token_id in labels:
+            num_taught += 1
+        if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+            num_doubled += 1
+
+    if num_taught == len(documents) or args.random_passage:
+        level = OK
+    elif num_taught > 0:
+        level = NOTE
+    else:
+        level = FAIL
+    found_eos = f"EOS is a target in {num_taught} of {len(documents)} documents"
+    remedy_eos = "the model will not learn to stop: tokenize again with data_sample/tokenize_dataset.py"
+    found_bos = f"{num_doubled} of {len(documents)} documents begin with two BOS"
+    remedy_bos = "the template writes BOS and the tokenizer adds another: tokenize with data_sample/tokenize_dataset.py"
+    return [Check(level, found_eos, remedy_eos), check(num_doubled == 0, found_bos, remedy_bos)]
 
 
 def check_loss(args, history: list[dict]) -> list[Check]:
+    """The first loss is that of a model that knows something."""
     from transformers import AutoConfig
 
-    guessing, loss = math.log(AutoConfig.from_pretrained(args.model_path).vocab_size), history[0]["loss"]
-    level = OK if loss < 0.9 * guessing else NOTE if loss < 1.5 * guessing else FAIL
-    remedy = "as if the model knew nothing: is it a trained model, with this tokenizer and template?"
-    return [(level, f"first loss {loss:.3f}; guessing among all tokens would give {guessing:.2f}", remedy)]
+    guessing = math.log(AutoConfig.from_pretrained(args.model_path).vocab_size)
+    loss = history[0]["loss"]
+    if loss < 0.9 * guessing:
+        level = OK
+    elif loss < 1.5 * guessing:
+        level = NOTE
+    else:  # NaN, too
+        level = FAIL
+    found = f"first loss {loss:.3f}; guessing among all tokens would give {guessing:.2f}"
+    return [
+        Check(level, found, "as if the model knew nothing: is it a trained model, with this tokenizer and template?")
+    ]
 
 
 def check_weights(ranks: list[dict]) -> list[Check]:
-    """Gradients where they must be, frozen weights where they were, trained ones elsewhere."""
+    """Gradients where they must be, frozen weights where they were, trained ones elsewhere.
 
-    def without_gradient(step: int, names: list[str]) -> list[str]:
-        return [name for name in names if not any(rank["gradients"][step].get(name, 0) > 0 for rank in ranks)]
+    Args:
+        ranks: what tools/watch_weights.py wrote for each rank. In the pipeline each rank has other tensors; with
+            sharding it is enough that one rank has a gradient in its shard.
+    """
+    frozen = []
+    trained = []
+    for rank in ranks:
+        for name in rank["frozen"]:
+            if name not in frozen:
+                frozen.append(name)
+    for rank in ranks:
+        for name in rank["before"]:
+            if name not in frozen and name not in trained:
+                trained.append(name)
 
-    def moved(name: str) -> bool:
-        return any(rank["before"][name] != rank["after"][name] for rank in ranks if name in rank["before"])
-
-    # Of all ranks: in the pipeline each has other tensors.
-    frozen = dict.fromkeys(name for rank in ranks for name in rank["frozen"])
-    trained = [name for name in dict.fromkeys(n for rank in ranks for n in rank["before"]) if name not in frozen]
-    first = [name for name in trained if "lora_A" not in name]  # zero in step 1, because lora_B begins as zero
     checks = []
-    for number, names in ((1, first), (2, trained)):
-        missing = without_gradient(number - 1, names)
-        found = f"step {number}: {len(names) - len(missing)} of {len(names)} trained tensors have a gradient"
+    for step in (1, 2):
+        names = trained
+        if step == 1:
+            names = [name for name in trained if "lora_A" not in name]  # zero, because lora_B begins as zero
+        missing = [name for name in names if not has_gradient(ranks, step, name)]
+        found = f"step {step}: {len(names) - len(missing)} of {len(names)} trained tensors have a gradient"
         remedy = f"nothing reaches {', '.join(missing[:3])}: is it used in the forward?"
-        checks.append((FAIL if missing or not names else OK, found, remedy))
-    still = [name for name in trained if not moved(name)]
-    strayed = [name for name in frozen if moved(name)]
-    remedy = f"{', '.join(still[:3])}: raise --learning_rate, or train in float32"
-    checks.append(
-        (FAIL if still else OK, f"{len(trained) - len(still)} of {len(trained)} trained tensors moved", remedy)
-    )
+        checks.append(check(bool(names) and not missing, found, remedy))
+    still = [name for name in trained if not has_moved(ranks, name)]
+    found = f"{len(trained) - len(still)} of {len(trained)} trained tensors moved"
+    checks.append(check(not still, found, f"{', '.join(still[:3])}: raise --learning_rate, or train in float32"))
+    strayed = [name for name in frozen if has_moved(ranks, name)]
     found = f"{len(frozen) - len(strayed)} of {len(frozen)} frozen tensors stayed as they were"
-    checks.append((FAIL if strayed else OK, found, f"{', '.join(strayed[:3])} changed: a fault of the script"))
+    checks.append(check(not strayed, found, f"{', '.join(strayed[:3])} changed: a fault of the script"))
     return checks
 
 
-def check_saved(args, output: Path) -> list[Check]:
-    """The checkpoint is whole, holds what the final folder holds, and enough of its size fit on the disk."""
-    import torch
+def has_gradient(ranks: list[dict], step: int, name: str) -> bool:
+    return any(rank["gradients"][step - 1].get(name, 0) > 0 for rank in ranks)
+
+
+def has_moved(ranks: list[dict], name: str) -> bool:
+    return any(name in rank["before"] and rank["before"][name] != rank["after"][name] for rank in ranks)
+
+
+def read_weights(folder: Path, pattern: str) -> dict:
+    """The tensors of all safetensors files in `folder` that match."""
     from safetensors.torch import load_file
 
-    from data_collator import find_damage
+    weights = {}
+    for path in folder.glob(pattern):
+        weights.update(load_file(path))
+    return weights
 
-    checkpoint = output / "checkpoint-2"
-    damage = find_damage(checkpoint)
-    name = "trainable.safetensors" if (output / "trainable.safetensors").is_file() else "model*.safetensors"
 
-    def read(folder: Path, pattern: str) -> dict[str, torch.Tensor]:
-        return {name: tensor for path in folder.glob(pattern) for name, tensor in load_file(path).items()}
+def check_saved(args, output: Path) -> list[Check]:
+    """The checkpoint holds what the final folder holds, and enough of its size fit on the disk."""
+    import torch
 
-    same = damage is None
-    if same:
-        final, parts = read(output, name), read(checkpoint, "stage-*.safetensors")
-        weights = {key.removeprefix("weight."): parts[key] for key in parts if key.startswith("weight.")}
-        saved = weights or read(checkpoint, name)
-        same = bool(final) and saved.keys() == final.keys() and all(torch.equal(saved[n], final[n]) for n in saved)
-        same &= all(bool(torch.isfinite(tensor).all()) for tensor in final.values())
+    checkpoint = output / f"checkpoint-{NUM_STEPS}"
+    pattern = "model*.safetensors"
+    if (output / "trainable.safetensors").is_file():
+        pattern = "trainable.safetensors"
+    problem = ""
+    try:
+        final = read_weights(output, pattern)
+        saved = read_weights(checkpoint, pattern)
+        for name, tensor in read_weights(checkpoint, "stage-*.safetensors").items():  # the pipeline's
+            if name.startswith("weight."):
+                saved[name.removeprefix("weight.")] = tensor
+    except Exception as damage:  # safetensors has an error class of its own
+        problem = f"a file cannot be read: {damage}"
+    if not problem:
+        if not final or saved.keys() != final.keys():
+            problem = f"{len(saved)} tensors in checkpoint-{NUM_STEPS}, {len(final)} in the final folder"
+        for name in final:
+            if name in saved and not torch.equal(saved[name], final[name]):
+                problem = f"{name} differs"
+            if not torch.isfinite(final[name]).all():
+                problem = f"{name} is not finite"
+
     size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
-    needed, free = (args.save_total_limit + 2) * size, shutil.disk_usage(output).free
+    needed = (args.save_total_limit + 2) * size
+    free = shutil.disk_usage(output).free
+    found = f"a checkpoint is {size / 1e6:,.1f} MB; {needed / 1e9:,.2f} of {free / 1e9:,.0f} free GB are needed"
     return [
-        (OK if same else FAIL, "the checkpoint is whole and equals the final weights, all finite", damage or ""),
-        (OK if needed < free else FAIL, f"a checkpoint is {size / 1e6:,.1f} MB; {needed / 1e9:,.2f} of "
-         f"{free / 1e9:,.0f} free GB are needed", "lower --save_total_limit, or choose another --output_dir"),
-    ]  # fmt: skip
+        check(not problem, "the checkpoint is whole and equals the final weights, all finite", problem),
+        check(needed < free, found, "lower --save_total_limit, or choose another --output_dir"),
+    ]
 
 
 def report(title: str, checks: list[Check]) -> bool:
-    """Prints the checks; whether none failed."""
+    """Prints the checks; returns whether none failed."""
     print(f"\n{title}")
-    for level, found, remedy in checks:
-        print(f"  {level:5}{found}" + (f"\n      -> {remedy}" if level != OK and remedy else ""), flush=True)
-    return all(level != FAIL for level, _, _ in checks)
+    is_good = True
+    for one in checks:
+        print(f"  {one.level:5}{one.found}", flush=True)
+        if one.level != OK and one.remedy:
+            print(f"      -> {one.remedy}", flush=True)
+        if one.level == FAIL:
+            is_good = False
+    return is_good
 
 
-def main() -> None:
-    words = sys.argv[1:]
-    if words[:1] == ["--watch"]:  # the script's process in a rehearsal
-        return watch(words[1], words[2], words[3:])
-    own, command = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    if own in (["-h"], ["--help"]):
-        return print(__doc__)
-    num_processes = own[1] if own[:1] == ["--num_processes"] and len(own) == 2 else "1"
+def read_command(words: list[str]) -> tuple[int, list[str]]:
+    """The number of processes, and the script with its flags; ends the program with a message for a mistake."""
+    own = words
+    command = []
+    if "--" in words:
+        own = words[: words.index("--")]
+        command = words[words.index("--") + 1 :]
+    num_processes = "1"
+    if own:
+        if len(own) != 2 or own[0] != "--num_processes" or not own[1].isdecimal() or own[1] == "0":
+            sys.exit(f"error: {' '.join(own)}: usage: tools/doctor.py [--num_processes N] [-- SCRIPT --flag value ...]")
+        num_processes = own[1]
     scripts = sorted(path.name for path in ROOT.glob("finetune_*.py"))
-    if own and own[0] != "--num_processes" or len(own) == 1 or not num_processes.isdecimal() or num_processes == "0":
-        sys.exit(f"error: {' '.join(own)}: usage: tools/doctor.py [--num_processes N] [-- SCRIPT --flag value ...]")
     if command and command[0] not in scripts:
         sys.exit(f"error: {command[0]}: behind -- stands one of {', '.join(scripts)}, and its flags")
     if int(num_processes) > 1 and command and command[0] in ("finetune_pp.py", "finetune_pp_peft.py"):
         sys.exit(f"error: --num_processes {num_processes}: {command[0]} is one process; it takes all visible GPUs")
+    return int(num_processes), command
+
+
+def main() -> None:
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    num_processes, command = read_command(sys.argv[1:])
     os.chdir(ROOT)  # where the rehearsal runs: relative paths mean the same to all
-    output_dir = Path(parse(command[0], command[1:]).output_dir) if command else Path("outputs")
+    output_dir = Path("outputs")
+    if command:
+        output_dir = Path(parse(command[0], command[1:]).output_dir)
     machine = check_versions() + check_gpus() + check_compilers() + check_limits() + check_disk(output_dir)
-    good = report("machine", machine)
-    if command and good:
-        good &= report(f"rehearsal of {command[0]}", rehearse(command[0], command[1:], int(num_processes)))
-    print("\nall is well: start" if good else "\ndo not start before FAIL is mended")
-    sys.exit(0 if good else 1)
+    is_good = report("machine", machine)
+    if command and is_good:
+        is_good = report(f"rehearsal of {command[0]}", rehearse(command[0], command[1:], num_processes))
+    if not is_good:
+        print("\ndo not start before FAIL is mended")
+        sys.exit(1)
+    print("\nall is well: start")
 
 
 if __name__ == "__main__":

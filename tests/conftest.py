@@ -97,3 +97,12 @@ def sample_model() -> Path:
     """The real model, fetched if the quickstart has not been run. Its tests are of the xdist_group "sample model"."""
     run_script("tools/get_sample_model.py", HF_HUB_OFFLINE="0")
     return ROOT / "models" / "SmolLM2-135M-Instruct"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that start programs, which scripts/test.sh runs last: they use one of these names."""
+    starters = {"run_script", "runs", "sample_model", "subprocess", "start_slow_run", "reference"}
+    for item in items:
+        used = {*item.function.__code__.co_names, *item.fixturenames}
+        if used & starters or item.path.name in ("test_quickstart.py", "test_doctor.py", "test_launchers.py"):
+            item.add_marker("processes")

@@ -32,6 +32,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -78,7 +79,7 @@ class Arguments:
     )
     instruct: bool | None = field(
         default=None,
-        metadata={"help": "with chat template and stop ids (Llama 3); default: as the folder's name says"},
+        metadata={"help": "with chat template and stop ids; default: as the folder's name says (Instruct, chat)"},
     )
 
 
@@ -91,6 +92,26 @@ INTEGER_PARAMS = ["dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"]
 NUMBER_PARAMS = ["norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scaling_factor"]
 OTHER_PARAMS = ["vocab_size", "use_scaled_rope", "max_batch_size", "max_seq_len"]
 REQUIRED_PARAMS = ["dim", "n_layers", "n_heads"]
+# Entries of other models of Meta's, and what they mean (llama-models: sku_list.py, llama3/args.py, llama4/args.py).
+QUANTIZED = "a quantized model; take the release in bfloat16"
+VISION = "a vision model; take transformers' convert_mllama_weights_to_hf.py"
+LLAMA4 = "a Llama 4; take transformers' convert_llama4_weights_to_hf.py"
+PRUNED = "a pruned model (Llama Guard 3 1B INT4), which is not converted"
+FOREIGN_PARAMS = {
+    "quantization_args": QUANTIZED,
+    "lora_args": QUANTIZED,
+    "vision_chunk_size": VISION,
+    "vision_max_num_chunks": VISION,
+    "vision_num_cross_attention_layers": VISION,
+    "vision_model": VISION,
+    "moe_args": LLAMA4,
+    "vision_args": LLAMA4,
+    "ffn_exp": LLAMA4,
+    "use_qk_norm": LLAMA4,
+    "nope_layer_interval": LLAMA4,
+    "attention_chunk_size": LLAMA4,
+    "hidden_dim": PRUNED,
+}
 
 
 def read_params(folder: Path) -> dict:
@@ -108,7 +129,14 @@ def read_params(folder: Path) -> dict:
         params = None
     if not isinstance(params, dict):
         raise ValueError("params.json is not a JSON object; download it again")
-    check_params(params)
+    check_params(model_params(params))
+    return params
+
+
+def model_params(params: dict) -> dict:
+    """The entries of the model, which stand under "model" in some files."""
+    if list(params) == ["model"] and isinstance(params["model"], dict):
+        return params["model"]
     return params
 
 
@@ -117,8 +145,11 @@ def check_params(params: dict) -> None:
     # A null means that Meta's code takes its default.
     stated = {name: value for name, value in params.items() if value is not None}
     unknown = sorted(stated.keys() - known)
+    for name in unknown:
+        if name in FOREIGN_PARAMS:
+            raise ValueError(f"params.json has {name}: it is of {FOREIGN_PARAMS[name]}")
     if unknown:
-        raise ValueError(f"params.json has {', '.join(unknown)}: not a text model, or quantized; take another")
+        raise ValueError(f"params.json has {', '.join(unknown)}, which is unknown here; take another model")
     wrong = []
     for name in REQUIRED_PARAMS:
         if name not in stated:
@@ -380,7 +411,7 @@ def open_shards(folder: Path) -> list[Shard]:
     Raises:
         FileNotFoundError, ValueError: a shard is missing, damaged, in an old format, or holds more than tensors.
     """
-    paths = sorted(folder.glob("consolidated.*.pth"))
+    paths = sorted(folder.glob("consolidated.[0-9][0-9].pth"))
     present = {path.name for path in paths}
     for i in range(max(len(paths), 1)):
         name = f"consolidated.{i:02d}.pth"
@@ -392,28 +423,58 @@ def open_shards(folder: Path) -> list[Shard]:
 def open_shard(path: Path) -> Shard:
     with open(path, "rb") as file:
         signature = file.read(2)
+    load = f"torch.load('{path}', map_location='cpu', weights_only=True)"
+    remedy = f"run python -c \"import torch; torch.save({load}, '{path}')\""
     if signature[:1] == b"\x80":  # a bare pickle, as PyTorch wrote before 1.6
-        resave = f"import torch; torch.save(torch.load('{path}', weights_only=True), '{path}')"
-        raise ValueError(f'{path.name} is in an old format; run python -c "{resave}"')
+        raise ValueError(f"{path.name} is in an old format; {remedy}")
     try:
         if signature != b"PK":
             raise RuntimeError("this is not a PyTorch file")
         # In this mode tensors have a shape and a place in the file, but no memory.
         with FakeTensorMode():
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        content = None
+    except pickle.UnpicklingError as problem:
+        # PyTorch names the class that it refuses to make.
+        refused = " ".join(re.findall(r"GLOBAL (\S+)", str(problem)))
+        cause = f"holds other things than tensors ({refused}) and was not opened"
+        raise ValueError(f"{path.name} {cause}; get it from Meta") from None
     except RuntimeError as problem:
         # What follows the first sentence may advise to execute the pickle.
         reason = str(problem).splitlines()[0].split(". ")[0]
         raise ValueError(f"{path.name} is truncated or damaged ({reason}); download it again") from None
-    if not isinstance(content, dict) or not all(is_dense(value) for value in content.values()):
-        raise ValueError(f"{path.name} holds other things than tensors and was not opened; get it from Meta")
-    return {name: locate_tensor(path, tensor) for name, tensor in content.items()}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds other things than tensors by their names; get it from Meta")
+    for name, value in content.items():
+        if not is_dense(value):
+            raise ValueError(f"{path.name} holds other things than tensors ({name}); get it from Meta")
+    shard = {name: locate_tensor(path, tensor) for name, tensor in content.items()}
+    records = find_records(path)
+    for tensor in shard.values():
+        if records.get(tensor.storage_start) != tensor.storage_bytes:
+            raise ValueError(f"{path.name} was packed again by another program than PyTorch; {remedy}")
+    return shard
 
 
 def is_dense(value) -> bool:
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+def find_records(path: Path) -> dict[int, int]:
+    """First byte and size of every record of a zip file that is not compressed.
+
+    PyTorch computes where a tensor lies from the rules by which it writes; this is where it really lies.
+    """
+    records = {}
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:
+                continue
+            # A record begins with a header of 30 bytes, the last four of which are the lengths of what follows it.
+            file.seek(info.header_offset + 26)
+            name_length = int.from_bytes(file.read(2), "little")
+            extra_length = int.from_bytes(file.read(2), "little")
+            records[info.header_offset + 30 + name_length + extra_length] = info.file_size
+    return records
 
 
 def locate_tensor(path: Path, tensor: torch.Tensor) -> StoredTensor:
@@ -449,6 +510,59 @@ def same_values(first: StoredTensor, second: StoredTensor) -> bool:
     return True
 
 
+# Frequencies of the rotary embedding, which Meta's code computes anew: LLaMA 1 7B has a table in each layer, 13B to 65B
+# and Llama 2 have one.
+ROPE_TABLE = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")
+
+
+def read_rope_tables(shards: list[Shard], config: LlamaConfig) -> list[dict]:
+    """The tables of frequencies: dtype, values, and the names of all tables that are equal.
+
+    Raises:
+        ValueError: a table is not that of params.json, or the shards have different ones.
+    """
+    names_of_table = {}
+    for name, stored in shards[0].items():
+        if not ROPE_TABLE.fullmatch(name):
+            continue
+        table = stored.read()
+        for i, shard in enumerate(shards):
+            if not torch.equal(table, shard[name].read()):
+                raise ValueError(f"{name} must be equal in all shards and is not in shard {i}; download again")
+        check_rope_table(name, table, config)
+        key = (name_of_dtype(table.dtype), tuple(table.tolist()))
+        names_of_table.setdefault(key, []).append(name)
+    tables = []
+    for (dtype, values), names in names_of_table.items():
+        tables.append({"names": names, "dtype": dtype, "values": list(values)})
+    return tables
+
+
+def check_rope_table(name: str, table: torch.Tensor, config: LlamaConfig) -> None:
+    """Compares it with the formula for params.json: a wrong rope_theta would spoil the model without a sign."""
+    rope = config.rope_parameters
+    theta = rope["rope_theta"]
+    unscaled = {"rope_theta": theta}
+    for expected in (rope, unscaled):
+        if is_rounded(table, rotary_frequencies(expected, config.head_dim)):
+            return
+    if is_rounded(table, rotary_frequencies({"rope_theta": 10000.0}, config.head_dim)):
+        # Meta's code does not read the table, so params.json counts.
+        print(f"warning: {name} is the table of rope_theta 10000, params.json states {theta:g}", file=sys.stderr)
+        return
+    remedy = "params.json is of another model, or the shard is damaged; download both again"
+    raise ValueError(f"{name} is not the table of rope_theta {theta:g}: {remedy}")
+
+
+def is_rounded(table: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether the table has the expected values, (head_dim / 2) in float32, as far as its dtype can hold them."""
+    precision = torch.finfo(table.dtype)
+    # In float32 the last digits depend on how a power is computed.
+    rtol = max(precision.eps, 1e-5)
+    smallest = precision.smallest_normal * precision.eps
+    return torch.allclose(table.float(), expected, rtol=rtol, atol=smallest)
+
+
 def is_tied(shard: Shard) -> bool:
     """Whether the output, which is stored, equals the embedding, as in Llama 3.2."""
     if "tok_embeddings.weight" not in shard or "output.weight" not in shard:
@@ -464,8 +578,10 @@ def check_shards(weights: list[Weight], shards: list[Shard], head_dim: int) -> N
     """
     num_shards = len(shards)
     shapes = {weight.meta_name: weight.piece_shape(num_shards) for weight in weights}
-    if any("rope.freqs" in shard for shard in shards):
-        shapes["rope.freqs"] = [head_dim // 2]
+    for shard in shards:
+        for name in shard:
+            if ROPE_TABLE.fullmatch(name):
+                shapes[name] = [head_dim // 2]
     findings = []
     for i, shard in enumerate(shards):
         findings += [f"{name} is unknown" for name in shard if name not in shapes]
@@ -477,8 +593,10 @@ def check_shards(weights: list[Weight], shards: list[Shard], head_dim: int) -> N
             if list(tensor.shape) != shape:
                 made = f"{shape} as params.json and {num_shards} shards make it"
                 findings.append(f"{name} is {list(tensor.shape)} in shard {i}, not {made}")
-            elif tensor.dtype not in SAFETENSORS_DTYPES or tensor.dtype != shards[0][name].dtype:
-                findings.append(f"{name} is {tensor.dtype} in shard {i}")
+            elif tensor.dtype not in SAFETENSORS_DTYPES:
+                findings.append(f"{name} is {tensor.dtype} in shard {i}, of {QUANTIZED}")
+            elif tensor.dtype != shards[0][name].dtype:
+                findings.append(f"{name} is {tensor.dtype} in shard {i}, not {shards[0][name].dtype}")
     if findings:
         raise ValueError(
             f"{'; '.join(findings[:3])} ({len(findings)} such findings): a shard is missing, damaged "
@@ -512,7 +630,7 @@ class MetaLayout:
     num_shards: int = 1
     output_stored: bool = True
     vocabulary_parallel: bool = False
-    rope_freqs: dict | None = None  # a table that Meta's code computes anew: dtype and values
+    rope_tables: list[dict] = field(default_factory=list)  # what read_rope_tables gives
 
 
 @dataclass
@@ -608,9 +726,10 @@ def read_meta_folder(args: Arguments) -> Plan:
         ValueError, FileNotFoundError: a file is missing, damaged or not what params.json says.
     """
     folder = Path(args.input_dir)
-    params = {}
+    original_params = {}
     if not args.tokenizer_only or (folder / "params.json").is_file():
-        params = read_params(folder)
+        original_params = read_params(folder)
+    params = model_params(original_params)
     tokenizer = find_tokenizer(folder, params, args.instruct)
     if args.tokenizer_only:
         return Plan(tokenizer)
@@ -618,17 +737,15 @@ def read_meta_folder(args: Arguments) -> Plan:
         raise ValueError("params.json does not state use_scaled_rope; leave --rope_scaling_factor away")
 
     shards = open_shards(folder)
-    layout = find_layout(params, shards, tokenizer)
-    vocab_size = find_vocab_size(layout, shards, tokenizer)
+    layout = find_layout(original_params, shards, tokenizer)
+    vocab_size = find_vocab_size(params, layout, shards, tokenizer)
     tied = not layout.output_stored or all(is_tied(shard) for shard in shards)
     dtype = shards[0]["tok_embeddings.weight"].dtype
     config = config_of_params(params, vocab_size, tied, args.rope_scaling_factor, dtype)
     weights = list_weights(config, layout.vocabulary_parallel, layout.output_stored)
     check_division(config, weights, len(shards), "a shard is missing, or params.json is of another model")
     check_shards(weights, shards, config.head_dim)
-    if "rope.freqs" in shards[0]:
-        freqs = shards[0]["rope.freqs"]
-        layout.rope_freqs = {"dtype": name_of_dtype(freqs.dtype), "values": freqs.read().tolist()}
+    layout.rope_tables = read_rope_tables(shards, config)
     warn_of_early_llama2(config, dtype)
 
     dtypes = {}
@@ -642,22 +759,22 @@ def read_meta_folder(args: Arguments) -> Plan:
     return Plan(tokenizer, config, weights, dtypes, layout, shards)
 
 
-def find_layout(params: dict, shards: list[Shard], tokenizer: "TokenizerFile") -> MetaLayout:
+def find_layout(original_params: dict, shards: list[Shard], tokenizer: "TokenizerFile") -> MetaLayout:
     embedding = shards[0].get("tok_embeddings.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ValueError("tok_embeddings.weight is missing in shard 0, or is not a matrix; download it again")
     # One shard does not show how it would be divided: as Llama 3 is, if it has its tokenizer.
     vocabulary_parallel = tokenizer.kind == "tiktoken"
     if len(shards) > 1:
-        vocabulary_parallel = embedding.shape[1] == params["dim"]
-    layout = MetaLayout(params, len(shards), vocabulary_parallel=vocabulary_parallel)
+        vocabulary_parallel = embedding.shape[1] == model_params(original_params)["dim"]
+    layout = MetaLayout(original_params, len(shards), vocabulary_parallel=vocabulary_parallel)
     layout.output_stored = any("output.weight" in shard for shard in shards)
     return layout
 
 
-def find_vocab_size(layout: MetaLayout, shards: list[Shard], tokenizer: "TokenizerFile") -> int:
+def find_vocab_size(params: dict, layout: MetaLayout, shards: list[Shard], tokenizer: "TokenizerFile") -> int:
     """Tokens of the embedding, which must be those of the tokenizer."""
-    vocab_size = layout.params.get("vocab_size") or -1
+    vocab_size = params.get("vocab_size") or -1
     if vocab_size < 0:  # LLaMA 1 and 2 leave it to the tokenizer
         vocab_size = shards[0]["tok_embeddings.weight"].shape[0]
         if layout.vocabulary_parallel:
@@ -835,6 +952,7 @@ SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+NUM_LLAMA3_RANKS = 128000
 NUM_SPECIAL_TOKENS = 256  # of Llama 3
 # Llama 3's special tokens that have a name, by their place behind the ranks. The others are called reserved.
 LLAMA3_NAMES = {
@@ -846,12 +964,32 @@ LLAMA3_NAMES = {
 }
 LLAMA31_NAMES = LLAMA3_NAMES | {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
 # Meta's ChatFormat (llama-models, models/llama3/chat_format.py), for text.
-CHAT_TEMPLATE = (
+LLAMA3_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% set role = message['role'] %}"
     "{{ '<|start_header_id|>' + ('ipython' if role == 'tool' else role) + '<|end_header_id|>\n\n' }}"
     "{{ (message['content'] | trim) + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
+# The prompts of Llama 2 chat and Code Llama Instruct (meta-llama/llama and meta-llama/codellama, llama/generation.py):
+# BOS and EOS around every question with its answer, and the system's text in front of the first question.
+LLAMA2_CHAT_TEMPLATE = (
+    "{% set conversation = namespace(system='', next='user') %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' and loop.first %}"
+    "{% set conversation.system = '<<SYS>>\n' + message['content'] + '\n<</SYS>>\n\n' %}"
+    "{% elif message['role'] != conversation.next %}"
+    "{{ raise_exception('Llama 2 takes a system message, then user and assistant in turn') }}"
+    "{% elif message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + (conversation.system + message['content']) | trim + ' [/INST]' }}"
+    "{% set conversation.system = '' %}{% set conversation.next = 'assistant' %}"
+    "{% else %}"
+    "{{ ' ' + message['content'] | trim + ' ' + eos_token }}"
+    "{% set conversation.next = 'user' %}"
+    "{% endif %}"
+    "{% endfor %}"
+)
+# Code Llama 70B Instruct has this piece, and another format of prompts, which is not written here.
+STEP_PIECE = "<step>"
 
 
 @dataclass
@@ -865,7 +1003,8 @@ class TokenizerFile:
     encode: Callable[[str], list[int]]  # not by the fast tokenizer
     names: dict[str, str]  # bos_token, eos_token and perhaps unk_token and pad_token
     stop_tokens: list[str]  # those that end an answer
-    whole_pieces: list[str] = field(default_factory=list)  # pieces that SentencePiece never cuts
+    piece_texts: list[str]  # what each piece spells, where that is a text
+    overlaps: list[str] = field(default_factory=list)  # texts that can be cut in two ways
     chat_template: str | None = None
 
     def ids(self) -> dict:
@@ -896,27 +1035,32 @@ def find_tokenizer(folder: Path, params: dict, instruct: bool | None) -> Tokeniz
     is_instruct = instruct
     if instruct is None:
         is_instruct = is_instruct_name(folder)
-    tokenizer = read_tokenizer(path, is_llama31, is_instruct)
-    if instruct and tokenizer.kind != "tiktoken":
-        raise ValueError("only Llama 3 and its successors have a chat template here; leave --instruct away")
+    tokenizer = read_tokenizer(path, is_llama31, is_instruct, params.get("vocab_size"))
+    if instruct and tokenizer.chat_template is None:
+        raise ValueError("the prompts of Code Llama 70B Instruct are not known here; leave --instruct away")
     return tokenizer
 
 
 def is_instruct_name(folder: Path) -> bool:
-    """Nothing in the files tells an Instruct model from a base model, but the name that its download has."""
-    names = [*folder.absolute().parts[-2:], *folder.resolve().parts[-2:]]
+    """Nothing in the files tells an Instruct or chat model from a base model, but the name that its download has."""
+    names = []
+    for path in (folder.absolute(), folder.resolve()):
+        names.append(path.name)
+        if "llama" not in path.name.lower():  # such as original, or 7B
+            names.append(path.parent.name)
     for part in folder.absolute().parts:
         if part.startswith("models--"):  # the hub's cache
             names.append(part)
-    return any("instruct" in name.lower() for name in names)
+    return any(re.search(r"(?<![a-z])(instruct|chat)(?![a-z])", name.lower()) for name in names)
 
 
-def read_tokenizer(path: Path, is_llama31: bool, is_instruct: bool) -> TokenizerFile:
+def read_tokenizer(path: Path, is_llama31: bool, is_instruct: bool, vocab_size: int | None) -> TokenizerFile:
     """Reads either format.
 
     Args:
         is_llama31: special tokens are called as in Llama 3.1 and later, not as in 3.
-        is_instruct: with chat template and its stop tokens (Llama 3).
+        is_instruct: with chat template and its stop tokens.
+        vocab_size: of the model, where params.json states it.
 
     Raises:
         ValueError: the file is damaged, or not the tokenizer of a LLaMA.
@@ -924,25 +1068,20 @@ def read_tokenizer(path: Path, is_llama31: bool, is_instruct: bool) -> Tokenizer
     content = path.read_bytes()
     try:
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
-            return read_tiktoken(path, content, is_llama31, is_instruct)
-        return read_sentencepiece(path, content)
+            return read_tiktoken(path, content, is_llama31, is_instruct, vocab_size)
+        return read_sentencepiece(path, content, is_instruct)
     except Exception as problem:  # protobuf's errors have no common class
         reason = str(problem).splitlines()[0]
         cause = f"is not the tokenizer of a LLaMA or is damaged ({reason})"
         raise ValueError(f"{path} {cause}; download it again") from None
 
 
-def read_sentencepiece(path: Path, content: bytes) -> TokenizerFile:
+def read_sentencepiece(path: Path, content: bytes, is_instruct: bool) -> TokenizerFile:
     """transformers' LlamaTokenizer is not used: version 5 drops one of two leading spaces, and the BOS."""
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(content)
     reader = sentencepiece.SentencePieceProcessor(model_proto=content)
-    rules = model.normalizer_spec
-    changes_text = rules.precompiled_charsmap or rules.remove_extra_whitespaces or not rules.add_dummy_prefix
-    is_bpe = model.trainer_spec.model_type == model.trainer_spec.BPE
-    if changes_text or not is_bpe or not model.trainer_spec.byte_fallback:
-        raise ValueError("LLaMA's is a BPE with byte fallback that leaves the text as it is")
-
+    check_sentencepiece_rules(model)
     ids = {
         "bos_token": reader.bos_id(),
         "eos_token": reader.eos_id(),
@@ -950,9 +1089,63 @@ def read_sentencepiece(path: Path, content: bytes) -> TokenizerFile:
         "pad_token": reader.pad_id(),
     }
     names = {name: reader.id_to_piece(i) for name, i in ids.items() if i >= 0}
+    vocabulary = [piece.piece for piece in model.pieces]
+    chat_template = None
+    if is_instruct and STEP_PIECE not in vocabulary:
+        chat_template = LLAMA2_CHAT_TEMPLATE
+    return TokenizerFile(
+        path,
+        kind="sentencepiece",
+        size=len(vocabulary),
+        tokenizer=make_sentencepiece_tokenizer(model, names),
+        encode=reader.encode,
+        names=names,
+        stop_tokens=[names["eos_token"]],
+        piece_texts=[piece.replace("▁", " ") for piece in vocabulary],
+        overlaps=find_overlaps(model),
+        chat_template=chat_template,
+    )
+
+
+def check_sentencepiece_rules(model: sentencepiece_model_pb2.ModelProto) -> None:
+    rules = model.normalizer_spec
+    changes_text = rules.precompiled_charsmap or rules.remove_extra_whitespaces
+    marks_spaces = rules.add_dummy_prefix and rules.escape_whitespaces
+    marks_ends = model.trainer_spec.treat_whitespace_as_suffix
+    is_bpe = model.trainer_spec.model_type == model.trainer_spec.BPE
+    if changes_text or not marks_spaces or marks_ends or not is_bpe or not model.trainer_spec.byte_fallback:
+        raise ValueError("LLaMA's is a BPE with byte fallback that leaves the text as it is")
+    if any(piece.type == model.SentencePiece.UNUSED for piece in model.pieces):
+        raise ValueError("it has unused pieces, which LLaMA's has not")
+
+
+def find_overlaps(model: sentencepiece_model_pb2.ModelProto) -> list[str]:
+    """Texts in which two pieces of equal score, or one piece twice, claim the same letters.
+
+    SentencePiece then takes the left one; a fast tokenizer takes the one that stands first in its list. Pieces that
+    somebody appended to LLaMA's have equal scores.
+    """
+    pieces_of_score = {}
+    for piece in model.pieces:
+        if piece.type == model.SentencePiece.NORMAL:
+            pieces_of_score.setdefault(piece.score, []).append(piece.piece)
+    overlaps = set()
+    for pieces in pieces_of_score.values():
+        pieces_of_beginning = {}
+        for piece in pieces:
+            for i in range(1, len(piece)):
+                pieces_of_beginning.setdefault(piece[:i], []).append(piece)
+        for left in pieces:
+            for i in range(1, len(left)):
+                for right in pieces_of_beginning.get(left[i:], []):
+                    overlaps.add(left[:i] + right)
+    return [text.replace("▁", " ") for text in sorted(overlaps)]
+
+
+def make_sentencepiece_tokenizer(model: sentencepiece_model_pb2.ModelProto, names: dict[str, str]) -> Tokenizer:
     types = model.SentencePiece
     scores = {}
-    whole = []
+    whole = []  # pieces that SentencePiece never cuts
     special = []
     for piece in model.pieces:
         if piece.type == types.NORMAL:
@@ -969,33 +1162,29 @@ def read_sentencepiece(path: Path, content: bytes) -> TokenizerFile:
         byte_fallback=True,
         ignore_merges=bool(whole),
     )
-    return TokenizerFile(
-        path,
-        kind="sentencepiece",
-        size=len(model.pieces),
-        tokenizer=make_sentencepiece_tokenizer(bpe, whole, special, names["bos_token"]),
-        encode=reader.encode,
-        names=names,
-        stop_tokens=[names["eos_token"]],
-        whole_pieces=whole,
-    )
-
-
-def make_sentencepiece_tokenizer(bpe: models.BPE, whole: list[str], special: list[str], bos: str) -> Tokenizer:
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     if whole:
         longest_first = sorted(whole, key=len, reverse=True)
         pattern = "|".join(re.escape(piece) for piece in longest_first)
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+        # A text between two of them that is the name of a byte's piece would become that piece (ignore_merges).
+        byte_name = r"\A<(?=0x[0-9A-F]{2}>\z)"
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), "isolated"),
+                pre_tokenizers.Split(Regex(byte_name), "isolated"),
+            ]
+        )
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    add_special_tokens(tokenizer, special, bos)
+    add_special_tokens(tokenizer, special, names["bos_token"])
     return tokenizer
 
 
-def read_tiktoken(path: Path, content: bytes, is_llama31: bool, is_instruct: bool) -> TokenizerFile:
+def read_tiktoken(
+    path: Path, content: bytes, is_llama31: bool, is_instruct: bool, vocab_size: int | None
+) -> TokenizerFile:
     """Each line has a token in base64 and its rank; special tokens follow that only Meta's code names."""
     ranks = {}
     for line in content.splitlines():
@@ -1005,6 +1194,10 @@ def read_tiktoken(path: Path, content: bytes, is_llama31: bool, is_instruct: boo
     has_all_bytes = all(bytes([i]) in ranks for i in range(256))
     if not has_all_ranks or not has_all_bytes:
         raise ValueError("it lacks ranks or bytes")
+    # Only the number tells whose ranks they are: Llama 4 and others cut texts otherwise and have other special tokens.
+    is_of_model = vocab_size == len(ranks) + NUM_SPECIAL_TOKENS
+    if len(ranks) != NUM_LLAMA3_RANKS and not is_of_model:
+        raise ValueError(f"it has {len(ranks)} ranks, and Llama 3's has {NUM_LLAMA3_RANKS}")
 
     special = name_special_tokens(LLAMA31_NAMES if is_llama31 else LLAMA3_NAMES)
     names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
@@ -1013,7 +1206,7 @@ def read_tiktoken(path: Path, content: bytes, is_llama31: bool, is_instruct: boo
         names["pad_token"] = "<|finetune_right_pad_id|>"
     chat_template = None
     if is_instruct:
-        chat_template = CHAT_TEMPLATE
+        chat_template = LLAMA3_CHAT_TEMPLATE
         # A turn ends with eot_id; one that calls a tool with eom_id.
         names["eos_token"] = "<|eot_id|>"
         if is_llama31:
@@ -1027,8 +1220,17 @@ def read_tiktoken(path: Path, content: bytes, is_llama31: bool, is_instruct: boo
         encode=lambda text: encode_by_ranks(text, ranks),
         names=names,
         stop_tokens=stop_tokens,
+        piece_texts=[token.decode() for token in ranks if is_utf8(token)],
         chat_template=chat_template,
     )
+
+
+def is_utf8(token: bytes) -> bool:
+    try:
+        token.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def name_special_tokens(names: dict[int, str]) -> list[str]:
@@ -1151,12 +1353,16 @@ def compare_tokenizer(source: TokenizerFile, folder: Path) -> int:
     """Compares the tokenizer in `folder` with Meta's file; returns the number of texts."""
     written = AutoTokenizer.from_pretrained(folder)
     ids = source.ids()
-    texts = sample_texts(source.whole_pieces)
-    for text in texts:
-        found = written(text).input_ids
-        expected = [ids["bos_token_id"], *source.encode(text)]
-        if found != expected:
-            raise ValueError(f"the tokenizer gives {text!r} the ids {found}, and {source.path} {expected}")
+    texts = probe_texts(source)
+    batch_size = 1000
+    for start in range(0, len(texts), batch_size):
+        batch = texts[start : start + batch_size]
+        for text, found in zip(batch, written(batch).input_ids, strict=True):
+            expected = [ids["bos_token_id"], *source.encode(text)]
+            if found != expected:
+                difference = f"it gives {text!r} the ids {expected}, and the tokenizer in the new format {found}"
+                remedy = "take a Hugging Face release of this model, if there is one"
+                raise ValueError(f"{source.path} cannot be converted exactly: {difference}; {remedy}")
     found = {"bos": written.bos_token_id, "eos": written.eos_token_id, "pad": written.pad_token_id}
     expected = {
         "bos": ids["bos_token_id"],
@@ -1168,18 +1374,49 @@ def compare_tokenizer(source: TokenizerFile, folder: Path) -> int:
     return len(texts)
 
 
-def sample_texts(pieces: list[str]) -> list[str]:
-    """Texts that tokenizers differ on: spaces, digits, control characters, other scripts; the same ones every time."""
+# Whatever the file's own pieces are: languages, code, numbers, symbols and white space of every kind.
+PROBE_TEXTS = [
+    "",
+    " ",
+    " a",
+    "  a",
+    "a  b ",
+    "\n\n a\t",
+    "\r\n\r\n\tx \u3000\xa0\u2028y",
+    "The quick brown fox doesn't jump; it's LAZY, they'LL say. I'd've known!",
+    "A 45-year-old man has had chest pain since 3.5 hours (BP 130/85 mmHg, SpO2 97 %).",
+    "患者男，45岁，发热3天，体温38.5℃，咳嗽、胸痛。请问应先做哪项检查？",
+    "训练模型之前，先准备好数据；数据的质量决定模型的质量。",
+    "繁體中文與日本語のテキスト、한국어 문장도 있습니다。",
+    "Der Größe nach: Äpfel, naïve café, e\u0301. Привет, мир! مرحبا بالعالم. नमस्ते ไทย",
+    "0 1 12 123 1234 12345 1234567890 3.14159 1e-6 0x1F ٣ Ⅷ ²",
+    "def f(x):\n    return {'a': [x ** 2, x // 3]}  # comment\n\n\nif __name__ == '__main__':\n\tf(1)\n",
+    '<div class="a">&nbsp;</div> $E = mc^2$ \\frac{1}{2} https://example.org/a?b=c&d=%20',
+    "🙂🙂 👩\u200d👧 🇨🇳 ✓ → ≤ ∑ ==== ---- ____ ....",
+    "<0x0A> [INST] <<SYS>> <PRE> ▁a ▁▁",
+    "\x00\x01\x1c\x1f\x7f\x85\ufeff\ufffd\U00010348",
+]
+
+
+def probe_texts(source: TokenizerFile) -> list[str]:
+    """Fixed texts, every piece of the file alone and among others, and letters at random; the same ones every time."""
     dice = random.Random(0)
-    texts = ["", " a", "  a", "a  b ", "\n\n a\t", "3.14159 x10", "\x00\x1c\x7f", "def f():\n    return"]
+    texts = PROBE_TEXTS + source.piece_texts + source.overlaps
+    pieces = list(source.piece_texts)
+    for num_pieces in (2, 8):
+        dice.shuffle(pieces)
+        for start in range(0, len(pieces), num_pieces):
+            texts.append("".join(pieces[start : start + num_pieces]))
     letters = [*"abcdefgh ETAOIN 0123456789 .,'!?\n\t中的é🙂\x1c\u3000", "  ", " the", "ing", "'ll"]
-    letters += [piece.replace("▁", " ") for piece in pieces]
     for _ in range(500):
         texts.append("".join(dice.choices(letters, k=dice.randint(1, 40))))
     for _ in range(100):
         num_letters = dice.randint(1, 10)
         texts.append("".join(chr(dice.randint(1, 0xD7FF)) for _ in range(num_letters)))
-    return texts
+    # Where a text spells a special token, Meta's code reads letters and Hugging Face's the token.
+    special = [re.escape(token.content) for token in source.tokenizer.get_added_tokens_decoder().values()]
+    spells_special = re.compile("|".join(special))
+    return [text for text in texts if not spells_special.search(text)]
 
 
 def check_ids(config, source: TokenizerFile) -> None:
@@ -1503,10 +1740,10 @@ def main() -> None:
     except (ValueError, OSError) as problem:
         sys.exit(f"error: {problem}; nothing was written")
     print(f"{args.output_dir}: complete; {REPORT} says how it was verified")
-    if plan.tokenizer.kind == "tiktoken" and plan.tokenizer.chat_template:
-        print("the tokenizer has the chat template and stop ids of Instruct models; --instruct False for a base model")
-    elif plan.tokenizer.kind == "tiktoken":
-        print("the tokenizer has no chat template, as for a base model; --instruct True for an Instruct model")
+    if plan.tokenizer.chat_template:
+        print("the tokenizer has the chat template of Instruct and chat models; --instruct False for a base model")
+    else:
+        print("the tokenizer has no chat template, as for a base model; --instruct True for an Instruct or chat model")
 
 
 if __name__ == "__main__":

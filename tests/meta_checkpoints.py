@@ -187,12 +187,12 @@ SCALED = LLAMA3 | {"use_scaled_rope": True}
 WIDE = {"dim": 128}  # 16 features a head, so that some frequencies are scaled and some lie between
 
 GENERATIONS = {  # params.json, number of shards, tokenizer, options of make_meta
-    "llama1_7b": (LLAMA1, 1, "spm", {"dtype": torch.float16, "freqs": True}),
-    "llama1_13b": (LLAMA1, 2, "spm", {"dtype": torch.float16, "freqs": True}),
-    "llama1_30b": (LLAMA1, 4, "spm", {"dtype": torch.float16}),
-    "llama1_65b": (LLAMA1 | {"norm_eps": 1e-5}, 8, "spm", {"dtype": torch.float16}),
-    "llama2_7b": (SMALL, 1, "spm", {"freqs": True}),
-    "llama2_70b": (GQA, 4, "spm", {}),
+    "llama1_7b": (LLAMA1, 1, "spm", {"dtype": torch.float16, "freqs": "in each layer"}),
+    "llama1_13b": (LLAMA1, 2, "spm", {"dtype": torch.float16, "freqs": "one"}),
+    "llama1_30b": (LLAMA1, 4, "spm", {"dtype": torch.float16, "freqs": "one"}),
+    "llama1_65b": (LLAMA1 | {"norm_eps": 1e-5}, 8, "spm", {"dtype": torch.float16, "freqs": "one"}),
+    "llama2_7b": (SMALL, 1, "spm", {"freqs": "one"}),
+    "llama2_70b": (GQA, 4, "spm", {"freqs": "one"}),
     "llama2_70b_copies": (GQA, 8, "spm", {}),
     "code_llama": (CODE, 2, "spm", {}),
     "llama3_8b": (LLAMA3, 1, "tiktoken", {}),
@@ -274,7 +274,7 @@ def whole_weights(params: dict, vocab_size: int, dtype: torch.dtype) -> dict[str
 
 def piece_of(name: str, tensor: torch.Tensor, i: int, num_shards: int, vocabulary_parallel: bool, num_kv: int):
     """What Meta's process `i` of `num_shards` holds of a weight."""
-    if "norm" in name or name == "rope.freqs":
+    if "norm" in name or name.endswith("rope.freqs"):
         return tensor.clone()
     if ".wk." in name or ".wv." in name:
         parts = min(num_shards, num_kv)
@@ -288,7 +288,7 @@ def make_meta(folder: Path, tokenizer: Path, params: dict, num_shards: int = 1, 
     """Writes a checkpoint as Meta hands it out; returns its whole weights.
 
     Options: dtype; vocab_size (of LLaMA 1 and 2); tied ("stored": the output is a copy, "absent": there is none);
-    freqs (True: with a table of frequencies).
+    freqs ("one", "in each layer": tables of frequencies), freqs_dtype, freqs_theta.
     """
     folder.mkdir(parents=True)
     is_llama3 = params["vocab_size"] > 0
@@ -298,10 +298,7 @@ def make_meta(folder: Path, tokenizer: Path, params: dict, num_shards: int = 1, 
     weights = whole_weights(params, vocab_size, options.get("dtype", torch.bfloat16))
     if options.get("tied"):
         weights["output.weight"] = weights["tok_embeddings.weight"].clone()
-    if options.get("freqs"):
-        head_dim = params["dim"] // params["n_heads"]
-        freqs = 1 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim)
-        weights["rope.freqs"] = freqs.to(weights["norm.weight"].dtype)
+    weights |= rope_tables(params, weights["norm.weight"].dtype, options)
     num_kv = params.get("n_kv_heads", params["n_heads"])
     for i in range(num_shards):
         shard = {}
@@ -313,6 +310,20 @@ def make_meta(folder: Path, tokenizer: Path, params: dict, num_shards: int = 1, 
     (folder / "params.json").write_text(json.dumps(params))
     shutil.copyfile(tokenizer, folder / "tokenizer.model")
     return weights
+
+
+def rope_tables(params: dict, dtype: torch.dtype, options: dict) -> dict[str, torch.Tensor]:
+    head_dim = params["dim"] // params["n_heads"]
+    theta = options.get("freqs_theta", params.get("rope_theta", 10000.0))
+    freqs = 1 / theta ** (torch.arange(0, head_dim, 2) / head_dim)
+    freqs = freqs.to(options.get("freqs_dtype", dtype))
+    names = []
+    if options.get("freqs") == "one":
+        names.append("rope.freqs")
+    if options.get("freqs") == "in each layer":
+        for i in range(params["n_layers"]):
+            names.append(f"layers.{i}.attention.inner_attention.rope.freqs")
+    return {name: freqs for name in names}
 
 
 def expected_logits(weights: dict, params: dict, ids: list[int], factor: float | None, positions=None) -> torch.Tensor:
@@ -407,6 +418,21 @@ def run_main(program, flags: tuple, error: bool) -> str | None:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert not error, "the command succeeded"
+
+
+def same_checkpoint(one: Path, two: Path) -> None:
+    """Asserts that two folders of Meta's hold the same bits."""
+    names = sorted(path.name for path in one.glob("*.pth"))
+    assert names == sorted(path.name for path in two.glob("*.pth"))
+    for name in names:
+        a = torch.load(one / name, map_location="cpu", weights_only=True)
+        b = torch.load(two / name, map_location="cpu", weights_only=True)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].dtype == b[key].dtype and a[key].shape == b[key].shape, key
+            assert torch.equal(a[key].view(torch.uint8), b[key].view(torch.uint8)), key
+    assert (one / "tokenizer.model").read_bytes() == (two / "tokenizer.model").read_bytes()
+    assert json.loads((one / "params.json").read_text()) == json.loads((two / "params.json").read_text())
 
 
 def report_of(folder: Path) -> dict:

@@ -3,28 +3,23 @@
 import json
 import resource
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from meta_checkpoints import GENERATIONS, SCALED_ROPE, convert, convert_back, left_in, piece_of, report_of
+from meta_checkpoints import (
+    GENERATIONS,
+    SCALED_ROPE,
+    convert,
+    convert_back,
+    left_in,
+    piece_of,
+    report_of,
+    same_checkpoint,
+)
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 pytest_plugins = ["meta_checkpoints"]
-
-
-def same_checkpoint(one: Path, two: Path) -> None:
-    names = sorted(path.name for path in one.glob("*.pth"))
-    assert names == sorted(path.name for path in two.glob("*.pth"))
-    for name in names:
-        a, b = (torch.load(folder / name, weights_only=True) for folder in (one, two))
-        assert a.keys() == b.keys()
-        for key in a:
-            assert a[key].dtype == b[key].dtype and a[key].shape == b[key].shape
-            assert torch.equal(a[key].view(torch.uint8), b[key].view(torch.uint8)), key
-    assert (one / "tokenizer.model").read_bytes() == (two / "tokenizer.model").read_bytes()
-    assert json.loads((one / "params.json").read_text()) == json.loads((two / "params.json").read_text())
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
@@ -163,3 +158,15 @@ def test_all_mistakes_in_flags_are_named_at_once(tmp_path):
     for name in ("input_dir", "dtype int8", "num_shards 0"):
         assert f"--{name}" in message
     assert left_in(tmp_path) == []
+
+
+def test_a_report_of_the_former_converter_is_read(converted, tmp_path):
+    """It knew one table of frequencies, under another name."""
+    meta, hf, _ = converted("llama1_13b")
+    shutil.copytree(hf, tmp_path / "hf")
+    report = report_of(hf)
+    (table,) = report["meta"].pop("rope_tables")
+    report["meta"]["rope_freqs"] = {"dtype": table["dtype"], "values": table["values"]}
+    (tmp_path / "hf" / "conversion_report.json").write_text(json.dumps(report))
+    convert_back("--input_dir", tmp_path / "hf", "--output_dir", tmp_path / "back")
+    same_checkpoint(meta, tmp_path / "back")

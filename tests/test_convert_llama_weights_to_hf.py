@@ -55,6 +55,7 @@ from meta_checkpoints import (
     report_of,
     to_meta,
     train_sentencepiece,
+    write_ranks,
 )
 from safetensors.torch import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2
@@ -559,6 +560,7 @@ def test_instruct_has_template_and_stop_ids(params, stops, tmp_path, tiktoken_fi
 def test_a_chat_model_is_told_by_the_name_or_the_flag(folder, flags, instruct, tmp_path, tiktoken_file, capsys):
     (tmp_path / folder).mkdir(parents=True)
     shutil.copyfile(tiktoken_file, tmp_path / folder / "tokenizer.model")
+    (tmp_path / folder / "params.json").write_text(json.dumps(SCALED))
     convert("--input_dir", tmp_path / folder, "--output_dir", tmp_path / "hf", "--tokenizer_only", *flags)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert bool(tokenizer.chat_template) is instruct
@@ -566,10 +568,123 @@ def test_a_chat_model_is_told_by_the_name_or_the_flag(folder, flags, instruct, t
     assert f"has {'the' if instruct else 'no'} chat template" in capsys.readouterr().out
 
 
-def test_instruct_is_for_llama3(tmp_path, converted):
-    meta, _, _ = converted("llama2_7b")
-    flags = ("--output_dir", tmp_path / "out", "--instruct", "True")
-    assert "leave --instruct away" in convert("--input_dir", meta, *flags, error=True)
+def llama2_prompt_ids(reader, chat: list[dict]) -> list[int]:
+    """The ids that Meta's chat_completion makes (meta-llama/llama, llama/generation.py): each part is encoded alone."""
+    chat = list(chat)
+    if chat[0]["role"] == "system":
+        system = f"<<SYS>>\n{chat[0]['content']}\n<</SYS>>\n\n"
+        chat[:2] = [{"role": "user", "content": system + chat[1]["content"]}]
+    ids = []
+    for question, answer in zip(chat[::2], chat[1::2], strict=False):
+        text = f"[INST] {question['content'].strip()} [/INST] {answer['content'].strip()} "
+        ids += [reader.bos_id(), *reader.encode(text), reader.eos_id()]
+    if len(chat) % 2:
+        ids += [reader.bos_id(), *reader.encode(f"[INST] {chat[-1]['content'].strip()} [/INST]")]
+    return ids
+
+
+LLAMA2_CHAT = [
+    {"role": "system", "content": " Be brief. "},
+    {"role": "user", "content": " Ear pain?\n"},
+    {"role": "assistant", "content": " 耳科。 "},
+    {"role": "user", "content": "  Since 2 days."},
+    {"role": "assistant", "content": "I see."},
+    {"role": "user", "content": "[INST] ok"},
+]
+
+
+@pytest.mark.parametrize("folder", ["llama-2-7b-chat", "Llama-2-13b-chat/original", "CodeLlama-7b-Instruct"])
+def test_llama2_chat_writes_the_prompts_of_metas_code(folder, tmp_path, spm_file, capsys):
+    make_meta(tmp_path / folder, spm_file, SMALL)
+    convert("--input_dir", tmp_path / folder, "--output_dir", tmp_path / "hf")
+    assert "has the chat template" in capsys.readouterr().out
+    tokenizer, config = ids_everywhere(tmp_path / "hf")
+    assert config.eos_token_id == 2
+    reader = sentencepiece.SentencePieceProcessor(str(spm_file))
+    for first in (0, 1):  # with and without a system message
+        for last in range(first + 1 + (first == 0), len(LLAMA2_CHAT) + 1):
+            chat = LLAMA2_CHAT[first:last]
+            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True).input_ids
+            assert ids == llama2_prompt_ids(reader, chat), chat
+    for wrong in (LLAMA2_CHAT[2:4], [LLAMA2_CHAT[1]] * 2, [LLAMA2_CHAT[1], LLAMA2_CHAT[0]]):
+        with pytest.raises(Exception, match="user and assistant in turn"):
+            tokenizer.apply_chat_template(wrong, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("folder", "chat"), [("llama-2-7b", False), ("chat/llama-2-7b", False), ("wechat-llama", False), ("chat/7B", True)]
+)
+def test_a_llama2_chat_model_is_told_by_a_word_of_its_name(folder, chat, tmp_path, spm_file):
+    (tmp_path / folder).mkdir(parents=True)
+    shutil.copyfile(spm_file, tmp_path / folder / "tokenizer.model")
+    convert("--input_dir", tmp_path / folder, "--output_dir", tmp_path / "hf", "--tokenizer_only")
+    assert bool(AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template) is chat
+
+
+def append_pieces(spm_file: Path, folder: Path, pieces: dict[str, float], kind: str = "NORMAL") -> Path:
+    """Writes folder/tokenizer.model with more pieces, as scripts that extend LLaMA's vocabulary do."""
+    folder.mkdir(parents=True)
+    model = sentencepiece_model_pb2.ModelProto.FromString(spm_file.read_bytes())
+    for piece, score in pieces.items():
+        model.pieces.add(piece=piece, score=score, type=model.SentencePiece.Type.Value(kind))
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    return folder / "tokenizer.model"
+
+
+def test_code_llama_70b_instruct_has_prompts_that_are_not_known(tmp_path, spm_file):
+    append_pieces(spm_file, tmp_path / "CodeLlama-70b-Instruct", {"<step>": 0.0}, "USER_DEFINED")
+    flags = ("--input_dir", tmp_path / "CodeLlama-70b-Instruct", "--tokenizer_only", "--output_dir", tmp_path / "hf")
+    assert "Code Llama 70B Instruct" in convert(*flags, "--instruct", "True", error=True)
+    convert(*flags)
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template is None
+
+
+# Vocabularies that were extended, as that of Chinese-LLaMA-Alpaca (scripts/merge_tokenizer/merge_tokenizers.py):
+# pieces with score 0 behind LLaMA's own. Those of the first table are joined as by SentencePiece, the others cannot be.
+EXTENDED = {
+    "letters only": {"血": 0.0, "压": 0.0, "耳": 0.0},
+    "letters and a word": {"血": 0.0, "压": 0.0, "血压": 0.0},
+    "own scores": {"血": -9001.0, "压": -9002.0, "测": -9003.0, "血压": -9004.0, "测血": -9005.0},
+}
+NOT_CONVERTED = {
+    "letters that are no pieces": {"血压": 0.0},
+    "eight such words": dict.fromkeys(["血压", "心脏", "头痛", "发烧", "咳嗽", "胸痛", "眼科", "耳科"], 0.0),
+    "equal scores that claim the same letters": dict.fromkeys(["血", "压", "测", "血压", "压测", "测血"], 0.0),
+}
+
+
+@pytest.mark.parametrize("name", EXTENDED)
+def test_an_extended_vocabulary_is_converted_exactly(name, tmp_path, spm_file):
+    path = append_pieces(spm_file, tmp_path / "meta", EXTENDED[name])
+    convert("--input_dir", tmp_path / "meta", "--output_dir", tmp_path / "hf", "--tokenizer_only")
+    reader = sentencepiece.SentencePieceProcessor(str(path))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    dice = random.Random(5)
+    parts = [*EXTENDED[name], "血压", "测血", " ", "a", "1", "的", "the"]
+    texts = ["".join(dice.choices(parts, k=dice.randint(1, 12))) for _ in range(500)]
+    assert [text for text in texts if tokenizer(text).input_ids != [1, *reader.encode(text)]] == []
+
+
+@pytest.mark.parametrize("name", NOT_CONVERTED)
+def test_an_extended_vocabulary_that_would_differ_is_refused(name, tmp_path, spm_file):
+    append_pieces(spm_file, tmp_path / "meta", NOT_CONVERTED[name])
+    before = left_in(tmp_path)
+    flags = ("--input_dir", tmp_path / "meta", "--output_dir", tmp_path / "hf", "--tokenizer_only")
+    assert "cannot be converted exactly" in convert(*flags, error=True)
+    assert left_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("num_ranks", [300, 100256, 151643, 200000])
+def test_ranks_that_are_not_llama3s_are_refused(num_ranks, tmp_path):
+    """Llama 4's 200,000, and those of cl100k and Qwen: their own cut of words, and other special tokens."""
+    (tmp_path / "meta").mkdir()
+    ranks = {bytes([i]): i for i in range(256)}
+    for i in range(256, num_ranks):
+        ranks[i.to_bytes(4, "big")] = i
+    write_ranks(ranks, tmp_path / "meta" / "tokenizer.model")
+    flags = ("--input_dir", tmp_path / "meta", "--output_dir", tmp_path / "hf", "--tokenizer_only")
+    message = convert(*flags, error=True)
+    assert f"{num_ranks} ranks" in message and "128000" in message and not (tmp_path / "hf").exists()
 
 
 def test_tokenizer_only_needs_no_weights(tmp_path, spm_file, converted):
@@ -598,7 +713,7 @@ def test_a_tokenizer_that_would_differ_is_refused(tmp_path, spm_file, monkeypatc
     shutil.copyfile(spm_file, tmp_path / "meta" / "tokenizer.model")
     right = converter.find_merges
     monkeypatch.setattr(converter, "find_merges", lambda pieces: right(pieces)[::-1])
-    assert "the tokenizer gives" in convert(*flags, error=True)
+    assert "cannot be converted exactly" in convert(*flags, error=True)
     assert not (tmp_path / "hf").exists()
 
 
@@ -873,9 +988,6 @@ def commands_of(readme: str, heading: str) -> list[str]:
     return [line for block in blocks for line in block.splitlines()]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the READMEs still name the former command of the way back; take this line away then"
-)
 def test_the_commands_of_the_readmes_run(tmp_path, tiktoken_file):
     """They need a download of Meta's, so they are no ```bash blocks: here its place is taken by a small checkpoint."""
     commands = commands_of("README.md", "Meta's weights")

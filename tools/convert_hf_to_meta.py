@@ -43,6 +43,7 @@ from convert_llama_weights_to_hf import (
     as_bytes,
     check_division,
     check_ids,
+    check_params,
     complete_folder,
     config_of_params,
     divided_rows,
@@ -51,6 +52,7 @@ from convert_llama_weights_to_hf import (
     hash_both_folders,
     list_weights,
     make_plan,
+    model_params,
     one_thread,
     open_shards,
     read_tokenizer,
@@ -165,16 +167,20 @@ def read_former_layout(folder: Path) -> MetaLayout | None:
     path = folder / REPORT
     if not path.is_file():
         return None
-    damaged = f"{REPORT} is damaged; delete it, and state --num_shards"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["meta"]
         if not entries:  # only the tokenizer was converted
             return None
+        freqs = entries.pop("rope_freqs", None)  # so it was called when there could be one table only
+        if freqs is not None:
+            entries["rope_tables"] = [{"names": ["rope.freqs"], **freqs}]
         layout = MetaLayout(**entries)
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(damaged) from None
-    if not isinstance(layout.params, dict) or type(layout.num_shards) is not int:
-        raise ValueError(damaged)
+        check_params(model_params(layout.params))
+        rope_tables(layout)
+        if type(layout.num_shards) is not int:
+            raise TypeError("the number of shards is not a number")
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{REPORT} is damaged; delete it, and state --num_shards") from None
     return layout
 
 
@@ -190,7 +196,8 @@ def find_params(config: LlamaConfig, former: dict | None) -> tuple[dict, LlamaCo
     if former is not None:
         candidates.insert(0, former)
     for params in candidates:
-        stated = config_of_params(params, config.vocab_size, config.tie_word_embeddings, None)
+        entries = model_params(params)
+        stated = config_of_params(entries, config.vocab_size, config.tie_word_embeddings, None)
         different = [name for name in CONFIG_FIELDS if getattr(stated, name, None) != getattr(config, name)]
         if not different:
             return params, stated
@@ -251,7 +258,7 @@ def find_former_tokenizer(folder: Path, config: LlamaConfig, stated: LlamaConfig
     if not path.is_file():
         return None
     is_llama31 = stated.rope_parameters["rope_type"] == "llama3"
-    tokenizer = read_tokenizer(path, is_llama31, is_instruct=False)
+    tokenizer = read_tokenizer(path, is_llama31, is_instruct=False, vocab_size=config.vocab_size)
     check_ids(config, tokenizer)
     if tokenizer.size != config.vocab_size:
         sizes = f"{tokenizer.size} tokens, the embedding {config.vocab_size}"
@@ -280,18 +287,22 @@ def write_meta(plan: Plan, source: Path, folder: Path) -> None:
             for i, start, rows in divided_rows(weight, files, plan.config.head_dim, layout.num_shards):
                 shards[i].seek(offsets[weight.meta_name] + start * row_bytes)
                 progress.update(shards[i].write(as_bytes(rows, dtype, weight.hf_name)))
-        if layout.rope_freqs is not None:
-            table = as_bytes(rope_freqs(layout), DTYPES[layout.rope_freqs["dtype"]], "rope.freqs")
+        for name, table in rope_tables(layout).items():
             for shard in shards:
-                shard.seek(offsets["rope.freqs"])
-                shard.write(table)
+                shard.seek(offsets[name])
+                shard.write(as_bytes(table, table.dtype, name))
     (folder / "params.json").write_text(json.dumps(layout.params))
     if plan.tokenizer is not None:
         shutil.copyfile(plan.tokenizer.path, folder / "tokenizer.model")
 
 
-def rope_freqs(layout: MetaLayout) -> torch.Tensor:
-    return torch.tensor(layout.rope_freqs["values"])
+def rope_tables(layout: MetaLayout) -> dict[str, torch.Tensor]:
+    """The tables of frequencies that Meta's files had, by their names."""
+    tables = {}
+    for entry in layout.rope_tables:
+        for name in entry["names"]:
+            tables[name] = torch.tensor(entry["values"], dtype=DTYPES[entry["dtype"]])
+    return tables
 
 
 def write_empty_shards(plan: Plan, paths: list[Path]) -> dict[str, int]:
@@ -303,14 +314,14 @@ def write_empty_shards(plan: Plan, paths: list[Path]) -> dict[str, int]:
         The byte of a file where each tensor begins; it is the same in all shards.
     """
     layout = plan.layout
+    tables = rope_tables(layout)
     with FakeTensorMode():
         shard = {}
         for weight in plan.weights:
             shape = weight.piece_shape(layout.num_shards)
             shard[weight.meta_name] = torch.empty(shape, dtype=plan.dtypes[weight.meta_name])
-        if layout.rope_freqs is not None:
-            num_pairs = len(layout.rope_freqs["values"])
-            shard["rope.freqs"] = torch.empty(num_pairs, dtype=DTYPES[layout.rope_freqs["dtype"]])
+        for name, table in tables.items():
+            shard[name] = torch.empty(len(table), dtype=table.dtype)
         for path in paths:
             try:
                 with torch.serialization.skip_data(materialize_fake_tensors=True):

@@ -1,4 +1,4 @@
-"""Measures convert_llama_weights_to_hf.py on a generated checkpoint: speed against `cp`, and peak memory.
+"""Measures convert_llama_weights_to_hf.py and the way back on a generated checkpoint: speed against `cp`, and memory.
 
     python benchmarks/convert.py                        # 3 GB in 2 shards, in a temporary folder
     python benchmarks/convert.py --gigabytes 0.2 --num_shards 1 --folder /dev/shm
@@ -26,7 +26,7 @@ from transformers import HfArgumentParser
 
 ROOT = Path(__file__).resolve().parent.parent
 TO_HF = [ROOT / "convert_llama_weights_to_hf.py"]
-TO_META = [ROOT / "convert_llama_weights_to_hf.py", "--to_meta"]
+TO_META = [ROOT / "tools" / "convert_hf_to_meta.py"]
 # The shape of Llama 3.2 1B, with Llama 3's tokenizer without a merge: 256 bytes and 256 special tokens.
 PARAMS = {
     "dim": 2048,

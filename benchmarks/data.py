@@ -14,7 +14,6 @@ The rows are made of the sentences of the shipped data, with lengths like Alpaca
 """
 
 import argparse
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -28,16 +27,10 @@ from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in tokenize_dataset.py: processes, not threads
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data_sample import rendering, tokenize_dataset  # noqa: E402
+
 PROGRAM = ROOT / "data_sample" / "tokenize_dataset.py"
-
-
-def load_program():
-    """data_sample/tokenize_dataset.py as a module."""
-    specification = importlib.util.spec_from_file_location("tokenize_dataset", PROGRAM)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["tokenize_dataset"] = module
-    specification.loader.exec_module(module)
-    return module
 
 
 def write_rows(path: Path, num_bytes: int, seed: int = 0) -> Path:
@@ -91,24 +84,30 @@ def seconds_of(target, num_processes: int, arguments_of) -> float:
 def measure_rate(args: argparse.Namespace) -> None:
     import datasets  # noqa: F401 - as the tokenizer, before the clock starts: a fork has what its parent imported
 
-    program = load_program()
     with tempfile.TemporaryDirectory() as folder:
         raw = write_rows(Path(folder) / "rows.jsonl", int(args.megabytes.split(",")[0]) * 1_000_000)
-        flags = program.Arguments(input=str(raw), format="alpaca", tokenizer_path=args.tokenizer_path, packing=True,
-                                  max_length=2048, num_proc=args.num_proc, output=f"{folder}/set")  # fmt: skip
-        tokenizer = program.load_tokenizer(flags)
-        template = program.make_template(flags, chat=tokenizer.chat_template is not None)
+        flags = tokenize_dataset.Arguments(
+            input=str(raw),
+            format="alpaca",
+            tokenizer_path=args.tokenizer_path,
+            packing=True,
+            max_length=2048,
+            num_proc=args.num_proc,
+            output=f"{folder}/set",
+        )
+        tokenizer = tokenize_dataset.load_tokenizer(flags)
+        template = tokenize_dataset.describe_template(flags, tokenizer)
         texts = []
         for line in raw.read_bytes().splitlines():
             row = json.loads(line)
-            prompt = program.render_prompt(row, template)
-            (answer,) = program.render_answers(row, template)
-            texts.append("".join(program.apply_template(tokenizer, prompt, answer, template["chat"])))
+            prompt = rendering.render_prompt(row, template)
+            (answer,) = rendering.render_answers(row, template)
+            texts.append("".join(rendering.apply_template(tokenizer, prompt, answer, template["chat"])))
         print(f"{len(texts):,} rows, {sum(map(len, texts)) / 1e6:.0f} million characters, {args.num_proc} process(es)")
         ratios = []
         for _ in range(args.repeats):
             bare = seconds_of(encode_bare, args.num_proc, lambda i: (tokenizer, texts[i :: args.num_proc]))
-            whole = seconds_of(program.build, 1, lambda i: (flags, tokenizer))
+            whole = seconds_of(tokenize_dataset.build, 1, lambda i: (flags, tokenizer))
             ratios.append(bare / whole)
             print(f"rate of tokenize_dataset.py over that of encode_batch alone: {ratios[-1]:.2f}", flush=True)
         print(f"median: {statistics.median(ratios):.2f}")

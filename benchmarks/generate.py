@@ -9,7 +9,6 @@ each option. Both ways take turns row by row, so what else the machine does slow
 and scores, or the benchmark fails.
 """
 
-import importlib.util
 import os
 import sys
 import time
@@ -18,9 +17,11 @@ from pathlib import Path
 
 import torch
 from datasets import load_from_disk
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import test_sample
+from tools import evaluate, loading
 
 
 @dataclass
@@ -34,15 +35,6 @@ class Arguments:
     max_new_tokens: int = field(default=32, metadata={"help": "tokens of each answer"})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "rows of one batch"})
     use_cpu: bool = field(default=False, metadata={"help": "leave the GPU alone"})
-
-
-def load_program(name: str):
-    """A program of this repository as a module: what is measured is its own code."""
-    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[Path(name).stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @dataclass
@@ -103,7 +95,7 @@ def report(what: str, unit: str, num: int, plain: Clock, ours: Clock) -> None:
           )  # fmt: skip
 
 
-def measure_generation(args: Arguments, test_sample, model, tokenizer, prompts: list[list[int]]) -> None:
+def measure_generation(args: Arguments, model, tokenizer, prompts: list[list[int]]) -> None:
     size = args.per_device_eval_batch_size
     settings = test_sample.Arguments(per_device_eval_batch_size=size, max_new_tokens=args.max_new_tokens)
 
@@ -133,7 +125,7 @@ def measure_generation(args: Arguments, test_sample, model, tokenizer, prompts: 
     report(f"generation at batch {size}", "tokens", num_tokens, plain, ours)
 
 
-def measure_evaluation(args: Arguments, evaluate, model, questions: list[dict]) -> None:
+def measure_evaluation(args: Arguments, model, questions: list[dict]) -> None:
     size = args.per_device_eval_batch_size
     plain = Clock()
     ours = Clock()
@@ -161,15 +153,14 @@ def main() -> None:
     if not (Path(args.dataset_path) / "ledger.json").is_file():
         sys.exit(f"error: --dataset_path {args.dataset_path}: not a tokenized set; make it with tokenize_dataset.py")
     os.environ["TQDM_DISABLE"] = "1"
-    test_sample = load_program("test_sample.py")
-    evaluate = load_program("tools/evaluate.py")
-    tokenizer = AutoTokenizer.from_pretrained(args.model_path)
-    model = evaluate.load_model(evaluate.Arguments(args.model_path, args.peft_path, use_cpu=args.use_cpu))
+    source = loading.open_model(args.model_path, args.peft_path)
+    tokenizer = source.tokenizer
+    model = evaluate.load_model(source, load_in_4bit=False, use_cpu=args.use_cpu)
     questions = load_from_disk(args.dataset_path).select_columns(["input_ids", "options"])
     questions = questions.select(range(min(args.num_rows, len(questions)))).to_list()
     prompts = [question["input_ids"][: -len(question["options"][0])] for question in questions]
-    measure_generation(args, test_sample, model, tokenizer, prompts)
-    measure_evaluation(args, evaluate, model, questions)
+    measure_generation(args, model, tokenizer, prompts)
+    measure_evaluation(args, model, questions)
 
 
 if __name__ == "__main__":

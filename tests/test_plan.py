@@ -30,7 +30,7 @@ import plan_simulation  # noqa: E402
 import plan_validation  # noqa: E402
 from planning import memory, search, show  # noqa: E402
 from planning.hardware import GPUS, NETWORKS, Machine, nvidia_smi_bytes, usable_bytes  # noqa: E402
-from planning.kernels import head_work, layer_work  # noqa: E402
+from planning.kernels import head_work, layer_work, saved_bytes  # noqa: E402
 from planning.models import MODELS, from_config, llama  # noqa: E402
 from planning.search import Job  # noqa: E402
 from planning.speed import speed, step_work  # noqa: E402
@@ -217,6 +217,46 @@ def test_the_formula_agrees_with_the_step_on_fake_tensors(strategy, changes):
     setup = replace(Setup(sequence_length=512, padding_free=False, on_cpu=True), **changes)
     simulated, _ = plan_simulation.simulate(SMALL, STRATEGIES[strategy], setup)
     assert memory.memory(SMALL, STRATEGIES[strategy], setup).total == pytest.approx(simulated, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "compiled"),
+    [(False, False), (True, False), pytest.param(False, True, marks=pytest.mark.slow)],
+)
+def test_a_layer_keeps_for_its_backward_what_the_description_says(adapter, compiled):
+    """Byte by byte, as autograd asks for it: storages that are neither weights nor the rotary tables."""
+    model = llama(256, 704, 2, 4, 4, 500)
+    length = 128
+    network = AutoModelForCausalLM.from_config(llama_config(model))
+    if adapter:
+        lora = peft.LoraConfig("CAUSAL_LM", r=8, target_modules="all-linear", lora_dropout=0.05)
+        network = peft.get_peft_model(network, lora).get_base_model()
+    layer = network.model.layers[1]
+    if compiled:
+        layer.compile(dynamic=True)
+    hidden = torch.randn(1, length, model.hidden, requires_grad=True)
+    positions = torch.arange(length)[None]
+    tables = network.model.rotary_emb(hidden, positions)
+    known = [*layer.parameters(), *tables]
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    for _ in range(2):  # the first one compiles
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = layer(hidden, position_embeddings=tables, position_ids=positions)
+        for tensor in [*known, output]:
+            kept.pop(tensor.untyped_storage().data_ptr(), None)
+        output.sum().backward()
+    strategy = STRATEGIES["FSDP"]
+    if adapter:
+        strategy = STRATEGIES["FSDP+LoRA"]
+    setup = Setup(rows=1, sequence_length=length, compute_bytes=4, on_cpu=True, compiled=compiled)
+    assert saved_bytes(model, strategy, setup) == pytest.approx(sum(kept.values()), rel=0.01)
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ class Arguments:
     optimizer_bytes: float = field(default=8, metadata={"help": "of the optimizer's state for a trained weight"})
     network: str = field(default="ib-200", metadata={"help": "between machines: a name, or GB/s for each GPU"})
     host_link: str = field(default="pcie4", metadata={"help": "offload: a name, or GB/s for each GPU"})
+    host_memory: float = field(default=0, metadata={"help": "GB of a machine; 0: 128 for each of its GPUs"})
     disk: str = field(default="nvme", metadata={"help": "for checkpoints: a name, or GB/s"})
     gpu_memory: float = field(default=0, metadata={"help": "GiB of a card of your own"})
     gpu_flops: float = field(default=0, metadata={"help": "its dense bf16 TFLOPS"})
@@ -119,7 +120,7 @@ def check_arguments(args: Arguments) -> Question:
     measured = attempt("machine", lambda args: read_machine(args.machine))
     if mistakes:
         raise ValueError("\n".join(mistakes))
-    base = Machine(GPUS["a100-80g"], network=network, host_link=host_link, disk=disk)
+    base = Machine(GPUS["a100-80g"], network=network, host_link=host_link, disk=disk, host_memory=args.host_memory * GB)
     custom.update(measured.gpus)
     base = replace(base, **measured.speeds)
     gpus = attempt("gpu", lambda args: read_gpus(args.gpu, custom))
@@ -142,7 +143,7 @@ def check_numbers(args: Arguments) -> list[str]:
     for name in ("tokens", "sequence_length", "batch", "lora_rank", "optimizer_bytes"):
         if not 0 < getattr(args, name) < math.inf:
             mistakes.append(f"--{name} {getattr(args, name)}: must be > 0")
-    for name in ("deadline", "budget", "rows", "accumulation", "price_per_gpu_hour"):
+    for name in ("deadline", "budget", "rows", "accumulation", "price_per_gpu_hour", "host_memory"):
         if not 0 <= getattr(args, name) < math.inf:
             mistakes.append(f"--{name} {getattr(args, name)}: must be >= 0")
     if not 0 < args.target_share <= 1:

@@ -123,7 +123,12 @@ class Machine:
     network: float = NETWORKS["ib-200"][0]  # bytes/s
     host_link: float = HOST_LINKS["pcie4"][0]
     disk: float = DISKS["nvme"][0]
+    host_memory: float = 0  # bytes of a machine; 0: 128 GB for each GPU, as rented machines have
     cores: int = 0  # of a CPU, which its processes share; 0: each GPU computes for itself
+
+    @property
+    def host_bytes(self) -> float:
+        return self.host_memory or 128 * GB * self.gpus
 
     @property
     def num_gpus(self) -> int:

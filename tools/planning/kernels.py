@@ -117,8 +117,6 @@ def product_kernels(name: str, model: Model, strategy: Strategy, setup: Setup) -
         saved = size * inputs
         if name == "o_proj" and not setup.is_joined:
             saved = 0  # attention's output itself, which attention keeps
-        if name == "down_proj" and setup.compiled:
-            saved = 0  # computed again from gate and up
     if strategy.adapter and strategy.kind == "zero3" and setup.lora_dropout and not shares_input:
         saved = size * inputs  # DeepSpeed's linear layers keep their inputs although their weights are frozen
     if strategy.four_bit:

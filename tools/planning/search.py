@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from .hardware import GPUS, Machine, nvidia_smi_bytes
+from .hardware import GB, GPUS, Machine, nvidia_smi_bytes
 from .memory import Memory, fits, largest_rows, longest_context, memory, num_processes
 from .models import Model
 from .speed import Speed, speed
@@ -43,10 +43,14 @@ class Way:
     strategy: str
     setup: Setup
     memory: Memory
-    fits: bool
     speed: Speed | None  # None if it does not fit
+    problem: str = ""  # why it does not fit
     hours: float = math.inf
     price: float = 0.0
+
+    @property
+    def fits(self) -> bool:
+        return not self.problem
 
     @property
     def trains_adapter(self) -> bool:
@@ -119,13 +123,19 @@ def find_way(job: Job, gpu: str, machine: Machine, name: str, checkpointing: boo
     )
     if strategy.is_one_process:  # it runs on one machine, whatever the others do
         setup = replace(setup, nodes=1)
+    candidates = list_rows(job, strategy, setup)
+    smallest = memory(job.model, strategy, candidates[0])
     choices = []
-    for candidate in list_rows(job, strategy, setup):
-        if fits(job.model, strategy, candidate, machine.gpu):
-            choices.append((speed(job.model, strategy, candidate, machine), candidate))
+    problem = "does not fit"
+    if smallest.host > machine.host_bytes:
+        problem = f"needs {smallest.host / GB:,.0f} GB of host memory"
+        candidates = candidates[:1]
+    else:
+        for candidate in candidates:
+            if fits(job.model, strategy, candidate, machine.gpu):
+                choices.append((speed(job.model, strategy, candidate, machine), candidate))
     if not choices:
-        smallest = list_rows(job, strategy, setup)[0]
-        return Way(gpu, machine, job.model, name, smallest, memory(job.model, strategy, smallest), False, None)
+        return Way(gpu, machine, job.model, name, candidates[0], smallest, None, problem)
     fastest = min(choice.step_seconds for choice, _ in choices)
     near = [choice for choice in choices if choice[0].step_seconds <= EQUALLY_FAST * fastest]
     best, setup = max(near, key=lambda choice: choice[1].rows)
@@ -137,10 +147,9 @@ def find_way(job: Job, gpu: str, machine: Machine, name: str, checkpointing: boo
         strategy=name,
         setup=setup,
         memory=memory(job.model, strategy, setup),
-        fits=True,
         speed=best,
         hours=hours,
-        price=hours * machine.num_gpus * price,
+        price=hours * setup.num_gpus * price,
     )
 
 
@@ -189,6 +198,10 @@ def expected_hours(way: Way) -> float:
     return way.hours * (low + high) / 2
 
 
+def expected_price(way: Way) -> float:
+    return way.price * expected_hours(way) / way.hours
+
+
 def best_of_each(ways: list[Way]) -> list[Way]:
     """Of each strategy on each machine the faster one, with or without checkpointing; only what fits.
 
@@ -211,7 +224,7 @@ def three_best(ways: list[Way], by_price: bool = False) -> list[Way]:
     """Three ways, the fastest or the cheapest first, of which at least one trains all weights, if one can."""
     ranked = best_of_each(ways)
     if by_price:
-        ranked = sorted(ranked, key=lambda way: (way.price, way.hours))
+        ranked = sorted(ranked, key=lambda way: (expected_price(way), expected_hours(way)))
     chosen = ranked[:3]
     full = [way for way in ranked if not way.trains_adapter]
     if len(chosen) == 3 and full and full[0] not in chosen:
@@ -249,7 +262,10 @@ def contexts(job: Job, gpu: str, machine: Machine) -> list[tuple[str, bool, int]
             )
             if STRATEGIES[name].is_one_process:
                 setup = replace(setup, nodes=1)
-            found.append((name, checkpointing, longest_context(job.model, STRATEGIES[name], setup, machine.gpu)))
+            length = 0
+            if memory(job.model, STRATEGIES[name], setup).host <= machine.host_bytes:
+                length = longest_context(job.model, STRATEGIES[name], setup, machine.gpu)
+            found.append((name, checkpointing, length))
     return found
 
 
@@ -409,6 +425,7 @@ def to_json(way: Way, command: str) -> dict:
         "host_bytes_per_node": round(way.memory.host),
         "disk_bytes": round(way.memory.disk),
         "fits": way.fits,
+        "problem": way.problem,
     }
     if way.fits:
         low, high = find_range(way, "memory")

@@ -83,13 +83,20 @@ def command_words(job: Job, way: Way) -> list[str]:
 
 def wrap(words: list[str], indent: str, width: int = 118) -> list[str]:
     """A command over several lines, which a shell reads as one."""
+    groups = []
+    for word in words:
+        # A flag's value stays beside its flag.
+        if groups and groups[-1].startswith("--") and " " not in groups[-1] and not word.startswith("--"):
+            groups[-1] += f" {word}"
+        else:
+            groups.append(word)
     lines = []
     line = indent
-    for word in words:
-        if len(line) + len(word) + 1 > width and line.strip():
+    for group in groups:
+        if len(line) + len(group) + 1 > width and line.strip():
             lines.append(line + "\\")
             line = indent + "  "
-        line += word + " "
+        line += group + " "
     lines.append(line.rstrip())
     return lines
 
@@ -180,7 +187,7 @@ def print_way(way: Way, has_price: bool) -> None:
     line = f"{way.strategy:20}{yes_or_no(setup.checkpointing):>5}{rows:>12}{way.most_rows:>6,}"
     line += f"{way.memory.total / GiB:>9.1f}"
     if not way.fits:
-        print(f"{line}  does not fit")
+        print(f"{line}  {way.problem}")
         return
     line += f"{way.shown_bytes / GiB:>7.1f}{way.memory.host / GB:>7.0f}{way.memory.disk / GB:>8.1f}"
     line += f"{way.speed.tokens_per_second_per_gpu:>11,.0f}{way.speed.mfu:>6.0%}{way.hours:>10,.1f}"
@@ -205,7 +212,7 @@ def length_text(length: int) -> str:
 
 
 def print_trainable(table: list[tuple]) -> None:
-    print(f"\n{'model':22}{'billions':>9}   {'all weights':29}{'LoRA':29}{'LoRA on 4 bits':27}")
+    print(f"\n{'model':22}{'billions':>9}   {'all weights':29}{'LoRA':29}LoRA on 4 bits")
     for name, model, best in table:
         line = f"{name:22}{model.params / 1e9:>9.2f}   "
         for group in ("full", "LoRA", "QLoRA"):
@@ -280,7 +287,7 @@ def draw(job: Job, ways: list[Way], path: Path) -> None:
     labels = []
     for number, way in enumerate(ways):
         labels.append(bar_label(way))
-        text = "does not fit"
+        text = way.problem
         if way.fits:
             text = f"{way.hours:,.1f} h"
         end = left[number] + beside[number]

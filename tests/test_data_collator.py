@@ -1,47 +1,51 @@
-"""The shared module: reading a set, row order, collation, attention inside documents, checkpoints."""
+"""The shared module: reading a set, the order of rows, collation, attention inside documents, the loss in chunks."""
 
 import copy
-import json
-import sys
+import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peft
 import pytest
 import torch
+import torch.nn.attention.varlen
 import transformers
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate import dispatch_model
+from accelerate.data_loader import prepare_data_loader
 from conftest import make_tokenizer, random_rows, save_rows, save_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import data_collator
+import finetune_pp
+import finetune_pp_peft
 from data_collator import (
-    FILLER,
     IGNORE_INDEX,
+    TARGETS_PER_CHUNK,
     DataCollator,
-    RowSampler,
+    LossHead,
     TokenizedDataset,
-    attend_by_document,
-    batches,
+    TrainingRows,
+    add_loss_head,
+    attend_inside_documents,
     check_document_attention,
-    complete_checkpoint,
-    compute_loss_in_head,
-    document_lengths,
-    find_checkpoint,
-    find_damage,
-    list_checkpoints,
+    computes_plain_logits,
+    document_attention,
+    filler_row,
     num_targets,
-    set_former_run_aside,
+    summed_cross_entropy,
+    summed_loss,
     vocabulary_hash,
-    write_receipt,
 )
 
 few_examples = settings(deadline=None, max_examples=60)
-all_attentions = pytest.mark.parametrize("attention", ["documents", "sdpa", "eager"])
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -55,6 +59,7 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     assert len(dataset) == 5 and not dataset.packed
     assert [{name: ids.tolist() for name, ids in row.items()} for row in dataset] == rows
     assert {ids.dtype for ids in dataset[0].values()} == {torch.int64}
+    assert [dataset.num_tokens(i) for i in range(5)] == [len(row["input_ids"]) for row in rows]
 
 
 def test_columns_of_other_programs_are_not_handed_to_the_model(tmp_path):
@@ -63,12 +68,15 @@ def test_columns_of_other_programs_are_not_handed_to_the_model(tmp_path):
 
 
 def test_a_filler_has_one_token_and_no_target(tmp_path):
-    dataset = TokenizedDataset(save_rows(random_rows(2), tmp_path / "rows"))
-    assert {name: ids.tolist() for name, ids in dataset[FILLER].items()} == {"input_ids": [0], "labels": [IGNORE_INDEX]}
+    rows = TokenizedDataset(save_rows(random_rows(2), tmp_path / "rows"))
     packed = TokenizedDataset(save_rows(pack([random_rows(2)]), tmp_path / "packed"))
     assert packed.packed
-    assert packed[FILLER]["position_ids"].tolist() == [0]
-    assert packed[FILLER].keys() == packed[0].keys()
+    filler = filler_row(packed=False)
+    assert {name: ids.tolist() for name, ids in filler.items()} == {"input_ids": [0], "labels": [IGNORE_INDEX]}
+    assert filler.keys() == rows[0].keys()
+    packed_filler = filler_row(packed=True)
+    assert packed_filler["position_ids"].tolist() == [0]
+    assert packed_filler.keys() == packed[0].keys()
 
 
 def test_a_missing_folder_is_an_error(tmp_path):
@@ -92,13 +100,19 @@ def test_whole_documents_are_an_error_unless_passages_are_drawn_from_them(tmp_pa
     folder = save_documents([[1, 2, 3]], tmp_path / "papers")
     with pytest.raises(ValueError, match="no column labels .* whole documents; .*--random_passage True"):
         TokenizedDataset(folder)
+    rows = TokenizedDataset(save_rows(random_rows(2), tmp_path / "rows"), passage_length=8)
     with pytest.raises(ValueError, match="--random_passage True: .* whole documents, which .*--format text writes"):
-        RowSampler(TokenizedDataset(save_rows(random_rows(2), tmp_path / "rows"), passage_length=8), 1, 42)
+        TrainingRows(rows, rows_per_step=1, num_train_epochs=1, max_steps=-1, seed=42)
 
 
 def test_a_set_without_rows_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no rows"):
         TokenizedDataset(save_rows([], tmp_path / "set"))
+
+
+def test_a_set_without_targets_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no token in it is a target"):
+        TokenizedDataset(save_rows(random_rows(2), tmp_path / "set", {"targets": 0}))
 
 
 @pytest.mark.parametrize("wrong_id", [300, 2**31 - 1, -1])
@@ -117,7 +131,8 @@ def test_the_last_id_of_the_vocabulary_is_accepted(tmp_path):
 
 
 def test_a_set_made_with_another_tokenizer_is_an_error(tmp_path):
-    tokenizer, other = make_tokenizer(), make_tokenizer()
+    tokenizer = make_tokenizer()
+    other = make_tokenizer()
     other.add_tokens(["<another>"])
     folder = save_rows(random_rows(2), tmp_path / "set", {"vocabulary_sha256": vocabulary_hash(tokenizer)})
     assert len(TokenizedDataset(folder, tokenizer=tokenizer)) == 2
@@ -129,32 +144,54 @@ def test_a_set_made_with_another_tokenizer_is_an_error(tmp_path):
 # The order of rows
 # -------------------------------------------------------------------------------------------------------------------
 
+FILLER = "filler"
 
-class Rows:
-    """The rows 0, 1, ... of folders of these sizes, as much of a TokenizedDataset as the sampler needs."""
 
+class NumberedRows:
+    """Folders of these sizes, as much of a TokenizedDataset as TrainingRows needs; a row is (its number, its pass)."""
+
+    packed = False
+    has_documents = False
     passage_length = 0
 
-    def __init__(self, *sizes: int, shares: list[int] | None = None):
-        self.sizes, self.shares, self.ledger = list(sizes), shares or list(sizes), {}
+    def __init__(self, *sizes: int, rows_per_epoch: list[int] | None = None):
+        self.folders = [SimpleNamespace(num_rows=size) for size in sizes]
+        self.rows_per_epoch = rows_per_epoch or list(sizes)
+        self.first_rows = [0, *np.cumsum(sizes).tolist()]
 
     def __len__(self) -> int:
-        return sum(self.sizes)
+        return self.first_rows[-1]
 
-    def __getitem__(self, draw: int) -> int:
-        return draw % len(self)
+    def read(self, index: int, num_pass: int) -> tuple[int, int]:
+        return index, num_pass
+
+    def num_tokens(self, index: int) -> int:
+        return 100 + index
 
 
-def order(num_rows: int, rows_per_step: int = 1, seed: int = 42, epoch: int = 0) -> list[int]:
-    sampler = RowSampler(Rows(num_rows), rows_per_step, seed)
-    sampler.set_epoch(epoch)
-    assert len(list(sampler)) == len(sampler)
-    assert {draw // num_rows for draw in sampler if draw != FILLER} == {epoch}  # how often it was drawn before
-    return [draw if draw == FILLER else draw % num_rows for draw in sampler]
+def is_filler(row) -> bool:
+    return isinstance(row, dict)  # the others are (number, pass)
+
+
+def order(num_rows: int, rows_per_step: int = 1, seed: int = 42, epoch: int = 0) -> list:
+    """The numbers of the rows of an epoch, and FILLER for those that complete its last step."""
+    rows = TrainingRows(NumberedRows(num_rows), rows_per_step, epoch + 1, max_steps=-1, seed=seed)
+    num_items = rows.steps_per_epoch * rows_per_step
+    assert len(rows) == (epoch + 1) * num_items
+    items = []
+    for i in range(epoch * num_items, (epoch + 1) * num_items):
+        if is_filler(rows[i]):
+            items.append(FILLER)
+        else:
+            number, num_pass = rows[i]
+            assert num_pass == epoch
+            items.append(number)
+    return items
 
 
 def test_the_order_is_given_by_seed_and_epoch_alone():
-    torch.manual_seed(1), np.random.seed(1)
+    torch.manual_seed(1)
+    np.random.seed(1)
     assert order(10) == [5, 6, 0, 7, 3, 2, 4, 9, 1, 8]  # the same on every machine, or a run could not move
     assert order(10, rows_per_step=5) == order(10)
     assert len({tuple(order(50, seed=seed, epoch=epoch)) for seed in range(5) for epoch in range(5)}) == 25
@@ -163,33 +200,52 @@ def test_the_order_is_given_by_seed_and_epoch_alone():
 @few_examples
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 2**32), st.integers(0, 1000))
 def test_every_row_comes_once_an_epoch_and_fillers_only_at_the_end(num_rows, rows_per_step, seed, epoch):
-    indices = order(num_rows, rows_per_step, seed, epoch)
-    assert sorted(indices[:num_rows]) == list(range(num_rows))
-    assert indices[num_rows:] == [FILLER] * (-num_rows % rows_per_step)
-    assert len(indices) % rows_per_step == 0
+    items = order(num_rows, rows_per_step, seed, epoch)
+    assert sorted(items[:num_rows]) == list(range(num_rows))
+    assert items[num_rows:] == [FILLER] * (-num_rows % rows_per_step)
+    assert len(items) % rows_per_step == 0
+
+
+@pytest.mark.parametrize(
+    ("num_train_epochs", "max_steps", "num_steps"), [(1, -1, 3), (1.5, -1, 5), (0.1, -1, 1), (3, 7, 7), (1, 7, 7)]
+)
+def test_a_run_has_the_steps_that_were_asked_for(num_train_epochs, max_steps, num_steps):
+    rows = TrainingRows(NumberedRows(10), 4, num_train_epochs, max_steps, seed=42)
+    assert rows.steps_per_epoch == 3  # of 4, 4 and 2 rows
+    assert rows.num_steps == num_steps
+    assert len(rows) == num_steps * 4
 
 
 @few_examples
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=3), st.integers(1, 5), st.integers(0, 9))
-def test_the_rows_of_a_step_are_those_that_the_sampler_gives_it(sizes, rows_per_step, seed):
-    sampler = RowSampler(Rows(*sizes), rows_per_step, seed)
-    for epoch in range(3):
-        sampler.set_epoch(epoch)
-        order = list(sampler)
-        for step in range(sampler.steps_per_epoch):
-            window = [draw for draw in order[step * rows_per_step : (step + 1) * rows_per_step] if draw != FILLER]
-            assert sampler.draws_of(epoch * sampler.steps_per_epoch + step) == window
-            rows = sampler.rows_of(epoch * sampler.steps_per_epoch + step)
-            assert rows == [draw % sum(sizes) for draw in window]
+def test_a_step_is_made_of_consecutive_rows_and_its_tokens_are_theirs(sizes, rows_per_step, seed):
+    dataset = NumberedRows(*sizes)
+    rows = TrainingRows(dataset, rows_per_step, num_train_epochs=3, max_steps=-1, seed=seed)
+    for step in range(rows.num_steps):
+        items = [rows[i] for i in range(step * rows_per_step, (step + 1) * rows_per_step)]
+        assert list(map(str, rows.step(step))) == list(map(str, items))
+        real = [row for row in items if not is_filler(row)]
+        assert rows.num_tokens(step) == sum(dataset.num_tokens(number) for number, _ in real)
+        assert len(real) == rows_per_step or (step + 1) % rows.steps_per_epoch == 0
 
 
-def test_an_epoch_of_steps_holds_every_row_once_without_fillers():
-    sampler = RowSampler(Rows(7), rows_per_step=4, seed=0)
-    epochs = [[sampler.rows_of(step) for step in (first, first + 1)] for first in (0, 2)]
-    assert [[len(rows) for rows in epoch] for epoch in epochs] == [[4, 3], [4, 3]]
-    seen = [[row for rows in epoch for row in rows] for epoch in epochs]
-    assert sorted(seen[0]) == sorted(seen[1]) == list(range(7))
-    assert seen[0] != seen[1]
+@pytest.mark.parametrize(("num_ranks", "batch_size"), [(1, 4), (1, 12), (2, 3), (3, 2), (4, 3), (12, 1)])
+def test_any_number_of_processes_trains_the_same_rows_in_the_same_step(num_ranks, batch_size):
+    """As accelerate shards the rows when they are read in sequence, which is what the Trainer scripts do."""
+    rows = TrainingRows(NumberedRows(29), rows_per_step=12, num_train_epochs=2, max_steps=-1, seed=7)
+    ranks = []
+    for rank in range(num_ranks):
+        loader = DataLoader(rows, batch_size, shuffle=False, collate_fn=list)
+        sharded = prepare_data_loader(loader, num_processes=num_ranks, process_index=rank, put_on_device=False)
+        ranks.append(list(sharded))
+    batches_per_step = 12 // (num_ranks * batch_size)
+    assert {len(batches) for batches in ranks} == {rows.num_steps * batches_per_step}
+    for step in range(rows.num_steps):
+        trained = []
+        for batches in ranks:
+            for batch in batches[step * batches_per_step : (step + 1) * batches_per_step]:
+                trained.extend(batch)
+        assert sorted(map(str, trained)) == sorted(map(str, rows.step(step)))
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -202,42 +258,49 @@ def test_an_epoch_of_steps_holds_every_row_once_without_fillers():
 def test_a_mix_draws_the_share_of_each_folder_and_none_again_before_the_rest(folders, seed):
     sizes = [size for size, _ in folders]
     shares = sizes[:1] + [share for _, share in folders[1:]]
-    sampler = RowSampler(Rows(*sizes, shares=shares), rows_per_step=4, seed=seed)
-    first = np.cumsum([0, *sizes])
+    dataset = NumberedRows(*sizes, rows_per_epoch=shares)
+    rows = TrainingRows(dataset, rows_per_step=4, num_train_epochs=4, max_steps=-1, seed=seed)
     drawn = [[] for _ in sizes]
     for epoch in range(4):
-        sampler.set_epoch(epoch)
-        draws = [draw for draw in sampler if draw != FILLER]
-        for number, share in enumerate(shares):
-            mine = [d for d in draws if first[number] <= d % sum(sizes) < first[number + 1]]
-            assert len(mine) == share
-            drawn[number] += sorted(d // sum(sizes) * sizes[number] + d % sum(sizes) - first[number] for d in mine)
-    for number, size in enumerate(sizes):
-        # Sorted by pass, then row: every pass but the last is whole, and no (pass, row) comes twice.
-        times = np.bincount(np.array(drawn[number]) // size)
-        assert len(set(drawn[number])) == len(drawn[number]) == 4 * shares[number]
-        assert (times[:-1] == size).all() and 0 < times[-1] <= size
+        first_step = epoch * rows.steps_per_epoch
+        items = [row for step in range(rows.steps_per_epoch) for row in rows.step(first_step + step)]
+        items = [row for row in items if not is_filler(row)]
+        for folder, share in enumerate(shares):
+            numbers = range(dataset.first_rows[folder], dataset.first_rows[folder + 1])
+            of_folder = [row for row in items if row[0] in numbers]
+            assert len(of_folder) == share
+            drawn[folder].extend(of_folder)
+    for folder, size in enumerate(sizes):
+        assert len(set(drawn[folder])) == len(drawn[folder]) == 4 * shares[folder]  # no row twice in a pass
+        rows_of_pass = np.bincount([num_pass for _, num_pass in drawn[folder]])
+        assert (rows_of_pass[:-1] == size).all()  # every pass but the last is whole
+        assert 0 < rows_of_pass[-1] <= size
 
 
 def test_a_mix_is_read_from_its_folders_and_weights(tmp_path):
-    many, few = random_rows(12, seed=1), random_rows(3, seed=2)
-    save_rows(many, tmp_path / "medical"), save_rows(few, tmp_path / "general")
-    spec = f"{tmp_path}/medical:3,{tmp_path}/general:1"
-    dataset = TokenizedDataset(spec)
-    assert (dataset.sizes, dataset.shares, len(dataset)) == ([12, 3], [12, 4], 15)
-    assert [dataset[i]["input_ids"].tolist() for i in range(15)] == [row["input_ids"] for row in many + few]
+    many = random_rows(12, seed=1)
+    few = random_rows(3, seed=2)
+    save_rows(many, tmp_path / "medical")
+    save_rows(few, tmp_path / "general")
+    mix = f"{tmp_path}/medical:3,{tmp_path}/general:1"
+    dataset = TokenizedDataset(mix)
+    assert [folder.num_rows for folder in dataset.folders] == [12, 3]
+    assert dataset.rows_per_epoch == [12, 4]
+    assert [row["input_ids"].tolist() for row in dataset] == [row["input_ids"] for row in many + few]
     assert dataset.ledger["mix"] == {f"{tmp_path}/medical": 3, f"{tmp_path}/general": 1}
-    assert TokenizedDataset(f"{tmp_path}/general, {tmp_path}/medical").shares == [3, 3]
-    assert TokenizedDataset(f"{tmp_path}/medical:1,{tmp_path}/general:0.001").shares == [12, 1]  # never left out
+    assert TokenizedDataset(f"{tmp_path}/general, {tmp_path}/medical").rows_per_epoch == [3, 3]
+    assert TokenizedDataset(f"{tmp_path}/medical:1,{tmp_path}/general:0.001").rows_per_epoch == [12, 1]
+    other = TokenizedDataset(mix.replace(":1", ":2"))
+    assert dataset.ledger["sha256"] != other.ledger["sha256"]  # no run goes on with other weights
 
-    sampler, other = RowSampler(dataset, 4, 42), RowSampler(TokenizedDataset(spec.replace(":1", ":2")), 4, 42)
-    assert sampler.identity["dataset_sha256"] != other.identity["dataset_sha256"]  # no run goes on with other weights
-    rows = [row["input_ids"].tolist() for step in range(sampler.steps_per_epoch) for row in sampler.rows_of(step)]
-    assert sorted(r for r in rows if r in [row["input_ids"] for row in many]) == sorted(r["input_ids"] for r in many)
+    rows = TrainingRows(dataset, 4, num_train_epochs=1, max_steps=-1, seed=42)
+    trained = [rows[i]["input_ids"].tolist() for i in range(len(rows))]
+    expected = [row["input_ids"] for row in many]
+    assert sorted(ids for ids in trained if ids in expected) == sorted(expected)
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    ("mix", "message"),
     [
         ("{0}/rows,{0}/none:2", "none: no such folder"),
         ("{0}/rows:0,{0}/other:1", "weight above 0"),
@@ -246,17 +309,20 @@ def test_a_mix_is_read_from_its_folders_and_weights(tmp_path):
         ("{0}/rows:1.2.3,{0}/other", "1.2.3"),
     ],
 )
-def test_a_mix_that_is_wrong_is_named(tmp_path, spec, message):
-    save_rows(random_rows(3), tmp_path / "rows"), save_rows(random_rows(3), tmp_path / "other")
+def test_a_mix_that_is_wrong_is_named(tmp_path, mix, message):
+    save_rows(random_rows(3), tmp_path / "rows")
+    save_rows(random_rows(3), tmp_path / "other")
     with pytest.raises((ValueError, OSError), match=message):
-        TokenizedDataset(spec.format(tmp_path))
+        TokenizedDataset(mix.format(tmp_path))
 
 
 def test_packed_and_unpacked_rows_mix(tmp_path):
-    save_rows(pack([random_rows(4)]), tmp_path / "packed"), save_rows(random_rows(2), tmp_path / "rows")
+    save_rows(pack([random_rows(4)]), tmp_path / "packed")
+    save_rows(random_rows(2), tmp_path / "rows")
     dataset = TokenizedDataset(f"{tmp_path}/rows,{tmp_path}/packed")
-    assert dataset.packed and dataset[0]["position_ids"].tolist() == list(range(len(dataset[0]["input_ids"])))
-    batch = DataCollator(padding_free=True)([dataset[0], dataset[2], dataset[FILLER]])
+    assert dataset.packed
+    assert dataset[0]["position_ids"].tolist() == list(range(len(dataset[0]["input_ids"])))
+    batch = DataCollator(padding_free=True)([dataset[0], dataset[2], filler_row(packed=True)])
     assert (batch["position_ids"] == 0).sum() == 1 + 4 + 1
 
 
@@ -269,8 +335,8 @@ def save_documents(documents: list[list[int]], folder: Path) -> Path:
     return save_rows([{"input_ids": ids} for ids in documents], folder)
 
 
-def passages(dataset: TokenizedDataset, index: int, times: int) -> list[list[int]]:
-    return [dataset[index + n * len(dataset)]["input_ids"].tolist() for n in range(times)]
+def passages(dataset: TokenizedDataset, index: int, num_passes: int) -> list[list[int]]:
+    return [dataset.read(index, num_pass)["input_ids"].tolist() for num_pass in range(num_passes)]
 
 
 def test_every_start_is_drawn_and_none_beyond_the_last(tmp_path):
@@ -289,35 +355,21 @@ def test_a_document_about_as_long_as_the_passage_is_used_whole(tmp_path, length)
     assert {len(ids) for ids in passages(dataset, 1, 20)} == {min(length, 4)}
     batch = DataCollator(padding_free=False)([dataset[0], dataset[1]])
     assert num_targets(batch) == 3 + min(length, 4) - 1  # every token but the first, and none of the padding
-    assert [dataset.num_tokens(draw) for draw in (0, 1)] == [4, min(length, 4)]
+    assert [dataset.num_tokens(index) for index in (0, 1)] == [4, min(length, 4)]
 
 
-def test_passages_are_given_by_seed_draw_and_document_alone(tmp_path):
+def test_passages_are_given_by_seed_pass_and_document_alone(tmp_path):
     folder = save_documents([list(range(100, 300)) for _ in range(8)], tmp_path / "papers")
-    dataset, again = (TokenizedDataset(folder, passage_length=16, seed=7) for _ in range(2))
-    np.random.seed(1), torch.manual_seed(1)
-    expected = [dataset[draw]["input_ids"].tolist() for draw in range(24)]
-    assert [again[draw]["input_ids"].tolist() for draw in reversed(range(24))] == expected[::-1]
-    loader = torch.utils.data.DataLoader(dataset, None, sampler=range(24), num_workers=2)  # other processes
-    assert [row["input_ids"].tolist() for row in loader] == expected
-    assert len({ids[0] for ids in expected}) > 15  # documents and epochs differ
+    dataset = TokenizedDataset(folder, passage_length=16, seed=7)
+    again = TokenizedDataset(folder, passage_length=16, seed=7)
     other_seed = TokenizedDataset(folder, passage_length=16, seed=8)
-    assert [other_seed[draw]["input_ids"].tolist() for draw in range(24)] != expected
-
-
-@few_examples
-@given(st.integers(1, 4), st.integers(0, 20))
-def test_a_step_sees_the_same_passages_whatever_the_number_of_processes(papers, num_ranks, step):
-    """Ranks take turns in the sampler's order, and resuming begins at a step: neither changes what is drawn."""
-    sampler = RowSampler(TokenizedDataset(papers, passage_length=16, seed=42), 4, 42)
-    epoch, first = divmod(step, sampler.steps_per_epoch)
-    sampler.set_epoch(epoch)
-    window = list(sampler)[4 * first : 4 * first + 4]
-    shares = [[sampler.dataset[draw]["input_ids"].tolist() for draw in window[r::num_ranks]] for r in range(num_ranks)]
-    together = [shares[i % num_ranks][i // num_ranks] for i in range(4)]
-    rows = [row["input_ids"].tolist() for row in sampler.rows_of(step)]
-    assert together == rows + [[0]] * (4 - len(rows))
-    assert sum(map(sampler.dataset.num_tokens, sampler.draws_of(step))) == sum(map(len, rows))
+    np.random.seed(1)
+    torch.manual_seed(1)
+    draws = [(index, num_pass) for num_pass in range(3) for index in range(8)]
+    expected = [dataset.read(*draw)["input_ids"].tolist() for draw in draws]
+    assert [again.read(*draw)["input_ids"].tolist() for draw in reversed(draws)] == expected[::-1]
+    assert [other_seed.read(*draw)["input_ids"].tolist() for draw in draws] != expected
+    assert len({ids[0] for ids in expected}) > 15  # documents and passes differ
 
 
 @pytest.fixture(scope="module")
@@ -326,12 +378,29 @@ def papers(tmp_path_factory) -> Path:
     return save_documents([list(range(n)) for n in lengths], tmp_path_factory.mktemp("papers") / "set")
 
 
+def test_other_processes_and_resumed_runs_read_the_same_passages(papers):
+    def start_run() -> TrainingRows:
+        dataset = TokenizedDataset(papers, passage_length=16, seed=42)
+        return TrainingRows(dataset, rows_per_step=4, num_train_epochs=3, max_steps=-1, seed=42)
+
+    rows = start_run()
+    expected = [row["input_ids"].tolist() for step in range(rows.num_steps) for row in rows.step(step)]
+    loader = DataLoader(start_run(), batch_size=None, num_workers=2)  # other processes
+    assert [row["input_ids"].tolist() for row in loader] == expected
+    resumed = [row["input_ids"].tolist() for row in start_run().step(7)]
+    assert resumed == expected[4 * 7 : 4 * 8]
+    num_tokens = [rows.num_tokens(step) for step in range(rows.num_steps)]
+    num_fillers = 3 * 1  # 11 rows in three steps of 4
+    assert sum(num_tokens) == sum(map(len, expected)) - num_fillers
+
+
 def test_documents_and_rows_with_labels_mix(tmp_path, papers):
     save_rows(random_rows(5), tmp_path / "instructions")
     dataset = TokenizedDataset(f"{papers}:2,{tmp_path}/instructions:1", passage_length=16)
-    rows = RowSampler(dataset, 50, 0).rows_of(0)
+    rows = TrainingRows(dataset, rows_per_step=17, num_train_epochs=1, max_steps=-1, seed=0).step(0)
     whole = [row for row in rows if torch.equal(row["input_ids"], row["labels"])]
-    assert (len(rows), len(whole)) == (17, 11)  # 11 passages; 6 of 5 rows, one of them twice
+    assert len(rows) == 17
+    assert len(whole) == 11  # 11 passages; 6 of 5 rows, one of them twice
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -339,60 +408,71 @@ def test_documents_and_rows_with_labels_mix(tmp_path, papers):
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def tensors(rows: list[dict]) -> list[dict]:
+def tensors(rows: list[dict]) -> list[dict[str, torch.Tensor]]:
     return [{name: torch.tensor(ids) for name, ids in row.items()} for row in rows]
 
 
 def pack(groups: list[list[dict]]) -> list[dict]:
     """One packed row of each group of documents."""
-    return [
-        {name: [i for row in group for i in row[name]] for name in ("input_ids", "labels")}
-        | {"position_ids": [i for row in group for i in range(len(row["input_ids"]))]}
-        for group in groups
-    ]
+    packed = []
+    for group in groups:
+        row = {"input_ids": [], "labels": [], "position_ids": []}
+        for document in group:
+            row["input_ids"].extend(document["input_ids"])
+            row["labels"].extend(document["labels"])
+            row["position_ids"].extend(range(len(document["input_ids"])))
+        packed.append(row)
+    return packed
 
 
-def make_documents(num_documents: int = 7, seed: int = 3) -> list[dict]:
+def make_documents(num_documents: int = 7, seed: int = 3, vocab_size: int = 300) -> list[dict]:
     """Documents of unequal length; in every other one each token is labelled, as with --train_on_prompt True."""
-    documents = random_rows(num_documents, seed)
-    return [row | {"labels": list(row["input_ids"])} if i % 2 else row for i, row in enumerate(documents)]
+    documents = random_rows(num_documents, seed, vocab_size=vocab_size)
+    for document in documents[1::2]:
+        document["labels"] = list(document["input_ids"])
+    return documents
 
 
-def collate(form: str, documents: list[dict]) -> list[dict[str, torch.Tensor]]:
-    """The batches of the documents in each form that training knows."""
-    if form == "one by one":
-        return [DataCollator(padding_free=False)([row]) for row in tensors(documents)]
+PADDED_FORMS = ["padded", "packed, padded"]
+PADDING_FREE_FORMS = ["padding-free", "packed, padding-free"]
+FORMS = PADDED_FORMS + PADDING_FREE_FORMS
+
+
+def collate(form: str, documents: list[dict]) -> dict[str, torch.Tensor | int]:
+    """The batch of the documents in a form that training knows."""
     if form.startswith("packed"):
         documents = pack([documents[:1], documents[1:4], documents[4:]])
-    return [DataCollator(padding_free=form.endswith("padding-free"))(tensors(documents))]
+    return DataCollator(padding_free=form in PADDING_FREE_FORMS)(tensors(documents))
 
 
-FORMS = ["padded", "padding-free", "packed, padded", "packed, padding-free"]
+def one_by_one(documents: list[dict]) -> list[dict[str, torch.Tensor]]:
+    return [DataCollator(padding_free=False)([row]) for row in tensors(documents)]
 
 
 def targets_with_context(batch: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
     """For each target of a batch: the tokens of its document before it, as far as positions tell, and itself."""
     found = []
     for row, labels in enumerate(batch["labels"]):
-        for at in torch.nonzero(labels[1:] != IGNORE_INDEX).flatten() + 1:
-            first = at - 1 - batch["position_ids"][row, at - 1] if "position_ids" in batch else 0
-            found.append((*batch["input_ids"][row, first:at].tolist(), int(labels[at])))
+        for place in torch.nonzero(labels[1:] != IGNORE_INDEX).flatten() + 1:
+            first = 0
+            if "position_ids" in batch:
+                first = place - 1 - batch["position_ids"][row, place - 1]
+            found.append((*batch["input_ids"][row, first:place].tolist(), int(labels[place])))
     return found
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_has_the_same_targets_behind_the_same_tokens(form):
     documents = make_documents()
-    expected = [
-        (*row["input_ids"][:at], row["labels"][at])
-        for row in documents
-        for at in range(1, len(row["labels"]))
-        if row["labels"][at] != IGNORE_INDEX
-    ]
-    (batch,) = collate(form, documents)
+    expected = []
+    for row in documents:
+        for place in range(1, len(row["labels"])):
+            if row["labels"][place] != IGNORE_INDEX:
+                expected.append((*row["input_ids"][:place], row["labels"][place]))
+    batch = collate(form, documents)
     assert targets_with_context(batch) == expected
     assert num_targets(batch) == len(expected)
-    if "shift_labels" in batch:
+    if form in PADDING_FREE_FORMS:
         assert batch["shift_labels"].tolist() == [[target[-1] for target in expected]]
         assert batch["input_ids"][0, batch["logits_to_keep"]].tolist() == [target[-2] for target in expected]
 
@@ -400,7 +480,7 @@ def test_every_form_has_the_same_targets_behind_the_same_tokens(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_first_token_of_a_document_is_never_a_target(form):
     documents = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]} for _ in range(5)]
-    (batch,) = collate(form, documents)
+    batch = collate(form, documents)
     assert num_targets(batch) == 5 * 2
     assert (batch["labels"] != 5).all()
 
@@ -414,6 +494,32 @@ def test_padding_free_wastes_no_position_and_restarts_positions():
     assert batch["logits_to_keep"].tolist() == [0, 1, 4, 5, 6]
     assert batch["shift_labels"].tolist() == [[1, 2, 1, 2, 3]]
     assert "attention_mask" not in batch  # with one, transformers would not look for joined documents
+
+
+@few_examples
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=5),
+    st.integers(0, 3),
+    st.booleans(),
+)
+def test_the_borders_of_a_padding_free_batch_are_those_of_its_documents(rows, num_fillers, is_packed):
+    """`rows` are the lengths of the documents of each row; a filler is a document of one token."""
+    groups = []
+    for lengths in rows:
+        groups.append([{"input_ids": list(range(n)), "labels": [IGNORE_INDEX] * n} for n in lengths])
+    if is_packed:
+        batch_rows = tensors(pack(groups))
+    else:
+        batch_rows = tensors([document for group in groups for document in group])
+    batch_rows += [filler_row(is_packed)] * num_fillers
+    lengths = [n for row in rows for n in row] + [1] * num_fillers
+    batch = DataCollator(padding_free=True)(batch_rows)
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        assert batch[name].tolist() == [0, *np.cumsum(lengths)]
+        assert batch[name].dtype == torch.int32  # the kernels take no other
+    for name in ("max_length_q", "max_length_k"):
+        assert batch[name] == max(lengths)
+        assert type(batch[name]) is int  # a tensor would have the GPU waited for
 
 
 def test_masks_come_from_lengths_even_where_tokens_look_like_padding():
@@ -434,90 +540,104 @@ def test_padding_of_a_packed_row_is_a_document_of_its_own():
     assert "attention_mask" not in batch
 
 
-def test_evaluation_sees_all_rows_in_their_order():
-    rows = tensors(random_rows(7))
-    sizes_and_rows = [(len(batch["input_ids"]), batch) for batch in batches(rows, DataCollator(padding_free=False), 3)]
-    assert [size for size, _ in sizes_and_rows] == [3, 3, 1]
-    seen = [ids[mask == 1] for _, b in sizes_and_rows for ids, mask in zip(*map(b.get, NAMES), strict=True)]
-    assert all(torch.equal(ids, row["input_ids"]) for ids, row in zip(seen, rows, strict=True))
-
-
-NAMES = ("input_ids", "attention_mask")
-
-
 # -------------------------------------------------------------------------------------------------------------------
 # What the model makes of a batch
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def load(folder: Path, attention: str = "sdpa", dtype: torch.dtype = torch.float32):
-    is_own = attention == "documents"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=None if is_own else attention)
-    return attend_by_document(model, {"attn_implementation": "auto" if is_own else attention, "torch_compile": False})
+def load(folder: Path, attention: str = "documents", dtype: torch.dtype = torch.float32):
+    """A model whose attention is "documents", this toolkit's for padding-free batches, or one of transformers'."""
+    kernel = attention
+    if attention == "documents":
+        kernel = None
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kernel)
+    if attention == "documents":
+        attend_inside_documents(model)
+    assert model.config._attn_implementation == attention
+    return model
 
 
-def summed_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The loss in the model's own precision: transformers computes it in float32."""
+def loss_of_logits(model, batch: dict) -> torch.Tensor:
+    """The summed loss in the model's own precision: transformers computes it in float32."""
     logits = model(**batch, use_cache=False).logits
-    if "shift_labels" in batch:
-        targets = batch["shift_labels"]
-    else:
-        logits, targets = logits[:, :-1], batch["labels"][:, 1:]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    targets = batch.get("shift_labels")
+    if targets is None:
+        logits = logits[:, :-1]
+        targets = batch["labels"][:, 1:]
+    return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
-def loss_and_gradients(model, form: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_and_gradients(model, batches: list[dict], compute_loss=loss_of_logits) -> tuple[float, dict]:
     model.zero_grad()
-    loss = sum(summed_loss(model, batch) for batch in collate(form, make_documents()))
-    loss.backward()
-    return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    total = 0.0
+    for batch in batches:
+        loss = compute_loss(model, batch)
+        loss.backward()
+        total += loss.item()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return total, gradients
 
 
-TOLERANCES = [("documents", 1e-10), ("sdpa", 1e-10), ("eager", 1e-5)]  # eager's softmax is float32
+def assert_same(found: tuple[float, dict], expected: tuple[float, dict], tolerance: float) -> None:
+    """Losses and gradients; each gradient relative to its norm, one that is all but zero to the largest."""
+    (loss, gradients), (expected_loss, expected_gradients) = found, expected
+    assert loss == pytest.approx(expected_loss, rel=tolerance)
+    assert gradients.keys() == expected_gradients.keys()
+    largest = max(gradient.norm() for gradient in expected_gradients.values())
+    assert largest > 0
+    for name, gradient in expected_gradients.items():
+        scale = max(gradient.norm(), 1e-3 * largest)
+        assert (gradients[name] - gradient).norm() <= tolerance * scale, name
 
 
-@pytest.mark.parametrize(("attention", "tolerance"), TOLERANCES)
-def test_every_form_gives_the_loss_and_gradients_of_the_documents_one_by_one(tiny_model, attention, tolerance):
-    model = load(tiny_model, attention, torch.float64)
-    expected_loss, expected = loss_and_gradients(model, "one by one")
-    for form in FORMS:
-        loss, gradients = loss_and_gradients(model, form)
-        assert abs(loss - expected_loss) <= tolerance * expected_loss, form
-        assert gradients.keys() == expected.keys()
-        for name, gradient in expected.items():
-            assert (gradients[name] - gradient).norm() <= tolerance * gradient.norm(), (form, name)
-            assert gradient.norm() > 0, name
-
-
-def test_the_loss_that_transformers_computes_is_the_same_in_every_form(tiny_model):
-    model, documents = load(tiny_model), make_documents()
-    alone = collate("one by one", documents)
-    targets = sum(map(num_targets, alone))
-    expected = sum(model(**batch, num_items_in_batch=targets, use_cache=False).loss.item() for batch in alone)
-    for form in FORMS:
-        (batch,) = collate(form, documents)
-        loss = model(**batch, num_items_in_batch=targets, use_cache=False).loss.item()
-        assert loss == pytest.approx(expected, rel=1e-6), form
-
-
-def logits_of_documents(model, form: str, documents: list[dict]) -> list[torch.Tensor]:
-    (batch,) = collate(form, documents)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    with torch.no_grad():
-        logits = model(**inputs, use_cache=False).logits
-    lengths = [len(row["input_ids"]) for row in documents]
-    if form == "padded":
-        return [row[:length] for row, length in zip(logits, lengths, strict=True)]
-    if form == "packed, padded":
-        rows = [lengths[:1], lengths[1:4], lengths[4:]]
-        return [part for row, sizes in zip(logits, rows, strict=True) for part in row[: sum(sizes)].split(sizes)]
-    return list(logits[0].split(lengths))
+ATTENTIONS = [(attention, form) for attention in ("sdpa", "eager") for form in FORMS]
+ATTENTIONS += [("documents", form) for form in PADDING_FREE_FORMS]
+all_attentions = pytest.mark.parametrize(("attention", "form"), ATTENTIONS)
 
 
 @all_attentions
-@pytest.mark.parametrize("form", FORMS)
-def test_packed_documents_do_not_see_each_other(tiny_model, form, attention):
-    model, documents = load(tiny_model, attention), make_documents()
+def test_every_form_gives_the_loss_and_gradients_of_the_documents_one_by_one(tiny_model, attention, form):
+    alone = load(tiny_model, "sdpa", torch.float64)
+    expected = loss_and_gradients(alone, one_by_one(make_documents()))
+    assert all(gradient.norm() > 0 for gradient in expected[1].values())
+    model = load(tiny_model, attention, torch.float64)
+    tolerance = 1e-10
+    if attention == "eager":
+        tolerance = 1e-5  # its softmax is float32
+    assert_same(loss_and_gradients(model, [collate(form, make_documents())]), expected, tolerance)
+
+
+@all_attentions
+def test_the_loss_that_transformers_computes_is_the_same_in_every_form(tiny_model, attention, form):
+    model = load(tiny_model, attention)
+    batches = one_by_one(make_documents())
+    expected = sum(finetune_pp.loss_of_model(load(tiny_model, "sdpa"), batch).item() for batch in batches)
+    loss = finetune_pp.loss_of_model(model, collate(form, make_documents())).item()
+    assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def logits_of_documents(model, form: str, documents: list[dict]) -> list[torch.Tensor]:
+    """The logits [length, vocabulary] of each document."""
+    inputs = collate(form, documents)
+    for name in ("labels", "shift_labels", "logits_to_keep"):
+        inputs.pop(name, None)
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits
+    lengths = [len(row["input_ids"]) for row in documents]
+    if form in PADDING_FREE_FORMS:
+        return list(logits[0].split(lengths))
+    if form == "padded":
+        return [row[:length] for row, length in zip(logits, lengths, strict=True)]
+    parts = []
+    for row, sizes_ in zip(logits, [lengths[:1], lengths[1:4], lengths[4:]], strict=True):
+        parts.extend(row[: sum(sizes_)].split(sizes_))
+    return parts
+
+
+@all_attentions
+def test_packed_documents_do_not_see_each_other(tiny_model, attention, form):
+    model = load(tiny_model, attention)
+    documents = make_documents()
     before = logits_of_documents(model, form, documents)
     assert len(before) == 7
     for changed in range(7):
@@ -528,28 +648,27 @@ def test_packed_documents_do_not_see_each_other(tiny_model, form, attention):
         assert moved == [changed]
 
 
-@all_attentions
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_padding_tokens_are_never_attended_to(tiny_model, attention):
-    model, documents = load(tiny_model, attention), tensors(make_documents(2))
-    for rows in (documents, tensors(pack([make_documents(3), make_documents(1)]))):
+    model = load(tiny_model, attention)
+    for rows in (tensors(make_documents(2)), tensors(pack([make_documents(3), make_documents(1)]))):
         batch = DataCollator(padding_free=False)(rows)
         del batch["labels"]
-        real = [slice(len(row["input_ids"])) for row in rows]
+        lengths = [len(row["input_ids"]) for row in rows]
         logits = []
         for padding in (0, 2, 77):
-            for ids, used in zip(batch["input_ids"], real, strict=True):
-                ids[used.stop :] = padding
+            for ids, length in zip(batch["input_ids"], lengths, strict=True):
+                ids[length:] = padding
             with torch.no_grad():
                 output = model(**batch, use_cache=False).logits
-            logits.append(torch.cat([row[used] for row, used in zip(output, real, strict=True)]))
-        assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+            logits.append(torch.cat([row[:length] for row, length in zip(output, lengths, strict=True)]))
+        assert torch.equal(logits[0], logits[1])
+        assert torch.equal(logits[0], logits[2])
 
 
-@all_attentions
-def test_the_attention_check_passes_for_llama(tiny_model, attention):
-    model = load(tiny_model, attention).train()
-    check_document_attention(model, 300)
-    assert model.training
+# -------------------------------------------------------------------------------------------------------------------
+# Attention inside documents
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def sizes(**others) -> dict:
@@ -561,52 +680,373 @@ MODELS = {
     "llama": (transformers.LlamaConfig, sizes(), "documents"),
     "mistral, window": (transformers.MistralConfig, sizes(sliding_window=4), "documents"),
     "qwen2": (transformers.Qwen2Config, sizes(), "documents"),
+    "qwen3": (transformers.Qwen3Config, sizes(head_dim=8), "documents"),
+    "gemma3, every other layer a window": (
+        transformers.Gemma3TextConfig,
+        sizes(head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
+        "documents",
+    ),
     "gpt2": (transformers.GPT2Config, {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}, "documents"),
     "gpt_neox": (transformers.GPTNeoXConfig, sizes(), "documents"),
     "phi": (transformers.PhiConfig, sizes(), "documents"),
+    "cohere2, window": (transformers.Cohere2Config, sizes(sliding_window=4), "documents"),
+    "mixtral": (transformers.MixtralConfig, sizes(num_local_experts=4), "documents"),
+    "qwen3 moe": (
+        transformers.Qwen3MoeConfig,
+        sizes(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+        "documents",
+    ),
     "gemma2, softcap": (transformers.Gemma2Config, sizes(head_dim=8), "eager"),
     "bloom, alibi": (transformers.BloomConfig, {"vocab_size": 64, "hidden_size": 32, "n_layer": 2}, "eager"),
 }
+EXPERTS = ("mixtral", "qwen3 moe")  # their products know no float64
+
+
+def make_model(name: str, std: float = 0.3):
+    config_class, arguments, _ = MODELS[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_class(**arguments, pad_token_id=0)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=std)  # else attention hardly moves the logits
+    if name not in EXPERTS:
+        model.double()
+    return model
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_attention_by_document_is_what_the_mask_gives_in_every_kind_of_model(name):
-    config_class, kwargs, expected = MODELS[name]
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_class(**kwargs, pad_token_id=0)).double().eval()
+def test_borders_matter_to_every_model_that_knows_positions(name):
+    """Else a test that compares two ways to keep documents apart would compare nothing."""
+    model = make_model(name)
+    batch = collate("padding-free", make_documents(vocab_size=64))
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)  # else attention hardly moves the logits
-    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in ((10, 8, 6), (3, 21))])
-    mask = (torch.arange(24) < torch.tensor([[24], [9]])).long()
-    input_ids, outputs = torch.randint(2, 64, (2, 24)), []
-    for attention in ("mask", "documents"):
-        if attention == "documents":
-            attend_by_document(model, {"attn_implementation": "auto", "torch_compile": False})
-        for inputs in ({"position_ids": positions}, {}, {"attention_mask": mask}):
-            model.zero_grad()
-            logits = model(input_ids=input_ids, use_cache=False, **inputs).logits[mask == 1]
-            logits.square().sum().backward()
-            outputs.append([logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-    assert model.config._attn_implementation == expected
-    for by_mask, by_document in zip(outputs[:3], outputs[3:], strict=True):
-        assert all((a - b).norm() <= 1e-6 * a.norm() for a, b in zip(by_mask, by_document, strict=True))
-    moved = (outputs[0][0] - outputs[1][0]).norm() / outputs[0][0].norm()
-    assert (moved > 0.1) == ("alibi" not in name)  # where documents start does matter, but to those who ignore it
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        of_one_document = model(input_ids=batch["input_ids"], use_cache=False).logits
+    moved = (of_one_document - logits).norm() / logits.norm()
+    assert (moved > 0.01) == (name != "bloom, alibi")
 
 
-def test_the_layers_get_the_lengths_of_the_documents():
-    document, places = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 2, 2, 2]]), {"q_length": 5, "kv_length": 5}
-    lengths = document_lengths(
-        2, **places, mask_function=lambda row, head, i, j: (j <= i) & (document[row, i] == document[row, j])
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_inside_documents_is_what_the_mask_gives_in_every_kind_of_model(name):
+    model = make_model(name)
+    batch = collate("padding-free", make_documents(vocab_size=64))
+    expected = loss_and_gradients(model, [batch])
+    attend_inside_documents(model)
+    assert model.config._attn_implementation == MODELS[name][2]
+    tolerance = 1e-10
+    if name in EXPERTS:
+        tolerance = 1e-5
+    assert_same(loss_and_gradients(model, [batch]), expected, tolerance)
+
+
+@pytest.mark.parametrize("form", PADDED_FORMS)
+def test_a_batch_without_borders_is_an_error(tiny_model, form):
+    with pytest.raises(ValueError, match="needs padding-free batches"):
+        load(tiny_model)(**collate(form, make_documents()), use_cache=False)
+
+
+def attend(borders: list[int], attention_mask=None, **options) -> torch.Tensor:
+    """Random queries, keys and values through the attention; `borders` are the starts of documents and the end."""
+    states = torch.randn(1, 4, borders[-1], 8, generator=torch.Generator().manual_seed(0))
+    output, _ = document_attention(
+        None,
+        states,
+        states,
+        states,
+        attention_mask,
+        cu_seq_lens_q=torch.tensor(borders, dtype=torch.int32),
+        max_length_q=borders[-1],
+        **options,
     )
-    assert lengths == [[3, 2], [1, 1, 3]]
-    assert document_lengths(2, **places, mask_function=lambda row, head, i, j: (j <= i) & (row >= 0)) is None
+    return output
 
 
+def test_borders_beside_a_mask_are_an_error():
+    with pytest.raises(ValueError, match="without attention_mask"):
+        attend([0, 2, 6], attention_mask=torch.ones(1, 1, 6, 6, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("more", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(4)}])
+def test_attention_that_is_more_than_a_softmax_is_an_error(more):
+    with pytest.raises(ValueError, match="more than a softmax; choose --attn_implementation eager"):
+        attend([0, 2, 6], **more)
+
+
+def test_documents_of_length_zero_and_borders_with_a_first_dimension_are_allowed():
+    """The pipeline passes [1, documents + 1], filled up with the end of the row."""
+    expected = attend([0, 2, 6])
+    assert torch.equal(attend([0, 2, 6, 6, 6]), expected)
+    assert torch.equal(attend([0, 2, 2, 6]), expected)
+
+
+def test_dropout_of_attention_is_what_the_model_asks_for():
+    exact = attend([0, 20, 60])
+    assert torch.equal(attend([0, 20, 60], dropout=0.0), exact)
+    with_dropout = [attend([0, 20, 60], dropout=0.5) for _ in range(1000)]
+    assert not torch.equal(with_dropout[0], with_dropout[1])
+    average = torch.stack(with_dropout).mean(0)
+    assert (average - exact).norm() < 0.1 * exact.norm()  # what is left is scaled up
+
+
+# --- The variable-length kernel, which needs a GPU: here a reference takes its place -----------------------------
+
+
+def attend_by_mask(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size) -> torch.Tensor:
+    """What torch.nn.attention.varlen.varlen_attn computes, with its demands on what it gets."""
+    assert query.ndim == key.ndim == value.ndim == 3  # [tokens, heads, size of a head]
+    assert query.dtype == key.dtype == value.dtype
+    assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+    assert cu_seq_q.dtype == torch.int32 and cu_seq_q.is_contiguous()
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    assert cu_seq_q[0] == 0 and cu_seq_q[-1] == len(query)
+    assert type(max_q) is int and max_q == max_k == cu_seq_q.diff().max()
+    places = torch.arange(len(query))
+    document = torch.searchsorted(cu_seq_q[1:].long(), places, right=True)
+    is_visible = (document[:, None] == document[None]) & (places[None] <= places[:, None])
+    behind, ahead = window_size
+    assert ahead == 0
+    if behind >= 0:
+        is_visible &= places[None] >= places[:, None] - behind
+    states = [part.transpose(0, 1)[None] for part in (query, key, value)]
+    output = scaled_dot_product_attention(*states, attn_mask=is_visible, scale=scale, enable_gqa=True)
+    return output[0].transpose(0, 1)
+
+
+def varlen_attn(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    assert enable_gqa  # PyTorch 2.13 refuses fewer key-value heads without it
+    return attend_by_mask(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+
+def varlen_attn_of_torch_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)
+):  # fmt: skip
+    return attend_by_mask(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+
+@pytest.fixture
+def has_varlen_kernel(monkeypatch):
+    monkeypatch.setattr(data_collator, "has_varlen_kernel", lambda query, dropout: True)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+
+
+WITH_DOCUMENTS = [name for name, (_, _, attention) in MODELS.items() if attention == "documents"]
+
+
+@pytest.mark.parametrize("kernel", [varlen_attn, varlen_attn_of_torch_2_11])
+@pytest.mark.parametrize("name", WITH_DOCUMENTS)
+def test_one_kernel_for_all_documents_gives_what_one_after_the_other_gives(name, kernel, monkeypatch):
+    model = make_model(name)
+    attend_inside_documents(model)
+    batch = collate("packed, padding-free", make_documents(vocab_size=64))
+    expected = loss_and_gradients(model, [batch])
+    kernels = []
+
+    def counted(*arguments, **options):
+        kernels.append(options["window_size"])
+        return kernel(*arguments, **options)
+
+    counted.__signature__ = inspect.signature(kernel)  # which is asked for enable_gqa
+    monkeypatch.setattr(data_collator, "has_varlen_kernel", lambda query, dropout: True)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", counted)
+    tolerance = 1e-10
+    if name in EXPERTS:
+        tolerance = 1e-5
+    assert_same(loss_and_gradients(model, [batch]), expected, tolerance)
+    assert len(kernels) == 2  # one a layer
+    if "window" in name:
+        assert (3, 0) in kernels  # four tokens with itself
+
+
+def test_the_kernel_gets_one_precision_under_autocast(tiny_model, has_varlen_kernel):
+    """Rotary embeddings leave queries and keys in float32, which the kernel refuses beside values in bf16."""
+    batch = collate("padding-free", make_documents())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = finetune_pp.loss_of_model(load(tiny_model), batch)
+    loss.backward()
+    exact = finetune_pp.loss_of_model(load(tiny_model, "sdpa"), batch)
+    assert loss.item() == pytest.approx(exact.item(), rel=0.02)
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts the operators for which a CPU would wait for its GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select"):
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss", ["plain loop", "loss head"])
+def test_nothing_in_the_model_waits_for_the_gpu(tiny_model, loss, monkeypatch):
+    monkeypatch.setattr(data_collator, "has_varlen_kernel", lambda query, dropout: True)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda query, *_, **__: query.clone())
+    model = load(tiny_model)
+    compute_loss = finetune_pp.loss_in_chunks
+    if loss == "loss head":
+        head = add_loss_head(model)
+
+        def compute_loss(model, batch):
+            return summed_loss(model, batch, head)
+
+    batch = collate("padding-free", make_documents())
+    with Synchronisations() as synchronisations:
+        compute_loss(model, batch).backward()
+    assert synchronisations.count == 0
+    with Synchronisations() as synchronisations:
+        batch["input_ids"].sum().item()
+    assert synchronisations.count == 1  # it can count
+
+
+def test_attention_never_looks_at_a_value(tiny_model, monkeypatch):
+    """On the meta device tensors have no values."""
+    model = load(tiny_model).to("meta")
+    batch = data_collator.move_to_device(collate("padding-free", make_documents()), torch.device("meta"))
+    assert batch["cu_seq_lens_q"].device.type == "meta"
+    for name in ("labels", "shift_labels", "logits_to_keep"):
+        del batch[name]
+    with pytest.raises((RuntimeError, NotImplementedError)):  # one document after the other needs the lengths
+        model.get_decoder()(**batch, use_cache=False)
+    monkeypatch.setattr(data_collator, "has_varlen_kernel", lambda query, dropout: True)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda query, *_, **__: query.clone())
+    model.get_decoder()(**batch, use_cache=False).last_hidden_state.sum().backward()
+
+
+# --- Compiled layers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_layers_attend_inside_documents_and_are_compiled_once(tiny_model, backend):
+    """Batches of other lengths need no other graph, and no mask over the joined row is computed."""
+    torch.compiler.reset()
+    counters.clear()
+    plain = load(tiny_model)
+    model = load(tiny_model, "sdpa")
+    attend_inside_documents(model, is_compiled=True)
+    for layer in model.model.layers:
+        layer.compile(dynamic=True, backend=backend)
+    num_graphs = []
+    for seed in range(5):
+        batch = collate("padding-free", make_documents(3 + seed, seed))
+        expected = loss_and_gradients(plain, [batch], finetune_pp.loss_in_chunks)
+        found = loss_and_gradients(model, [batch], finetune_pp.loss_in_chunks)
+        assert_same(found, expected, 1e-5)
+        num_graphs.append(counters["stats"]["unique_graphs"])
+    assert num_graphs[1:] == num_graphs[:1] * 4
+
+    def count(model) -> int:
+        return count_operations(record(loss_and_gradients, model, [batch], finetune_pp.loss_in_chunks))
+
+    assert count(model) == count(plain)
+    assert count(load(tiny_model, "sdpa")) > 1.1 * count(plain)  # a mask would be seen
+
+
+@torch.library.custom_op("tests::varlen_attention", mutates_args=())
+def opaque_attention(query: torch.Tensor, borders: torch.Tensor, longest: int) -> torch.Tensor:
+    """Stands for a GPU's kernel, into which torch.compile does not look either."""
+    assert longest == borders.diff().max()
+    return query.clone()
+
+
+opaque_attention.register_fake(lambda query, borders, longest: torch.empty_like(query))
+opaque_attention.register_autograd(lambda context, gradient: (gradient, None, None))
+
+
+def test_on_a_gpu_one_graph_serves_all_layers_and_batches_of_all_lengths(tiny_model, monkeypatch):
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        return opaque_attention(query, cu_seq_q, max_q)
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(data_collator, "has_varlen_kernel", lambda query, dropout: True)
+    torch.compiler.reset()
+    counters.clear()
+    model = load(tiny_model, "sdpa")
+    with pytest.MonkeyPatch.context() as on_gpu:
+        on_gpu.setattr(torch.cuda, "is_available", lambda: True)
+        attend_inside_documents(model, is_compiled=True)
+    for layer in model.model.layers:
+        layer.compile(dynamic=True, backend="eager")
+    for seed in range(4):
+        finetune_pp.loss_in_chunks(model, collate("padding-free", make_documents(3 + seed, seed))).backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# What is computed: counted in the operators that ran, PyTorch's own cross entropy included
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def record(function, *arguments) -> list:
+    """The operators that ran in `function`, with the shapes of their inputs."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        function(*arguments)
+    return list(profiler.events())
+
+
+def count_operations(events: list) -> int:
+    """Floating-point operations of products and of attention, which is counted full and not causal."""
+    total = 0
+    for event in events:
+        shapes = [shape for shape in event.input_shapes if shape]
+        if event.name == "aten::mm":
+            (rows, inner), (_, columns) = shapes[:2]
+            total += 2 * rows * inner * columns
+        elif event.name in ("aten::addmm", "aten::addmm_"):
+            (rows, inner), (_, columns) = shapes[1:3]
+            total += 2 * rows * inner * columns
+        elif event.name == "aten::bmm":
+            (batch, rows, inner), (_, _, columns) = shapes[:2]
+            total += 2 * batch * rows * inner * columns
+        elif event.name == "aten::_scaled_dot_product_flash_attention_for_cpu":
+            batch, heads, length, size = shapes[0]
+            total += 4 * batch * heads * size * length * length
+        elif event.name == "aten::_scaled_dot_product_flash_attention_for_cpu_backward":
+            batch, heads, length, size = shapes[1]
+            total += 10 * batch * heads * size * length * length
+    return total
+
+
+def most_rows(events: list, width: int) -> int:
+    """The most rows of any matrix of `width` columns that an operator got."""
+    rows = [shape[0] for event in events for shape in event.input_shapes if len(shape) == 2 and shape[1] == width]
+    return max(rows, default=0)
+
+
+def test_the_counter_sees_the_attention_of_512_tokens_and_a_product():
+    states = torch.randn(1, 4, 512, 32, requires_grad=True)
+    weight = torch.randn(70, 32, requires_grad=True)
+
+    def compute():
+        output = scaled_dot_product_attention(states, states, states, is_causal=True)
+        (output[0, 0] @ weight.T).sum().backward()
+
+    events = record(compute)
+    assert count_operations(events) == 14 * 512 * 512 * 4 * 32 + 6 * 512 * 32 * 70
+    assert most_rows(events, 70) == 512
+
+
+@pytest.fixture
+def has_pytorchs_own(request, monkeypatch) -> bool:
+    """Whether PyTorch has its own linear_cross_entropy, as 2.13 has and 2.11 has not."""
+    if request.param and not data_collator.has_linear_cross_entropy():
+        pytest.skip("this PyTorch has no linear_cross_entropy")
+    monkeypatch.setattr(data_collator, "has_linear_cross_entropy", lambda: request.param)
+    return request.param
+
+
+both_implementations = pytest.mark.parametrize(
+    "has_pytorchs_own", [True, False], indirect=True, ids=["PyTorch's own", "ours"]
+)
+
+
+@both_implementations
 @pytest.mark.parametrize("adapter", [True, False])
-def test_a_step_computes_what_its_real_tokens_need_and_nothing_else(adapter):
-    """Floating-point operations, counted by the operator: at most 1.05 of the floor.
+def test_a_step_computes_what_its_real_tokens_need_and_nothing_else(adapter, has_pytorchs_own):
+    """Floating-point operations of the plain loops, counted by the operator: at most 1.05 of the floor.
 
     The floor, in multiplications and additions: 2 for each weight of the layers and real token forward, 2 backward for
     the gradient of what the layer got and 2 for that of the weight if it is trained; the head's for target tokens only;
@@ -614,179 +1054,307 @@ def test_a_step_computes_what_its_real_tokens_need_and_nothing_else(adapter):
     """
     config = LlamaConfig(**sizes(vocab_size=1000, hidden_size=128, intermediate_size=384, num_hidden_layers=6))
     config.tie_word_embeddings = True
-    model = base = LlamaForCausalLM(config)
-    lengths, targets = [300, 40, 512, 90], 20
-    rows = [{"input_ids": torch.randint(3, 1000, (n,)), "labels": torch.full((n,), IGNORE_INDEX)} for n in lengths]
-    for row in rows:
-        row["labels"][-targets:] = 5
-    tokens, num_targets_ = sum(lengths), targets * len(lengths)
-    weights = sum(p.numel() for layer in base.model.layers for p in layer.parameters() if p.ndim == 2)
+    base = LlamaForCausalLM(config)
+    model = base
+    script = finetune_pp
+    lengths = [300, 40, 512, 90]
+    num_labels = 20
+    rows = []
+    for length in lengths:
+        labels = torch.full((length,), IGNORE_INDEX)
+        labels[-num_labels:] = 5
+        rows.append({"input_ids": torch.randint(3, 1000, (length,)), "labels": labels})
+    num_tokens = sum(lengths)
+    num_weights = sum(p.numel() for layer in base.model.layers for p in layer.parameters() if p.ndim == 2)
+    num_added = 0
+    products = 6  # forward, and two backward
     if adapter:
+        script = finetune_pp_peft
         model = peft.get_peft_model(base, peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    added = sum(p.numel() for p in model.parameters() if p.requires_grad) if adapter else 0
-    head = config.vocab_size * config.hidden_size * num_targets_ * (4 if adapter else 6)
+        num_added = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        products = 4
+    head = config.vocab_size * config.hidden_size * num_labels * len(lengths) * products
     attention = config.num_hidden_layers * config.hidden_size * sum(n * n for n in lengths) * 14
-    floor = weights * tokens * (4 if adapter else 6) + added * tokens * 6 + head + attention
+    floor = num_weights * num_tokens * products + num_added * num_tokens * 6 + head + attention
+    batch = DataCollator(padding_free=True)(rows)
 
-    def count(attention: str) -> int:
-        attend_by_document(base, {"attn_implementation": attention, "torch_compile": False})
-        batch = DataCollator(padding_free=True)(rows)
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-            model(**batch, num_items_in_batch=num_targets_, use_cache=False).loss.backward()
-        return counter.get_total_flops()
+    def compute():
+        script.loss_in_chunks(model, batch).backward()
 
-    dense = count("sdpa")
-    compute_loss_in_head(model, {"torch_compile": False})
-    executed = count("auto")
+    dense = count_operations(record(compute))
+    attend_inside_documents(base)
+    executed = count_operations(record(compute))
     print(f"floor {floor / 1e9:.3f}, executed {executed / floor:.3f} of it, with a mask {dense / floor:.3f}")
     assert 0.9 < executed / floor <= 1.05
     assert dense > 1.1 * floor  # one dense mask over the joined row: the counter sees attention
 
 
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **others: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **others: (
-        sdpa_backward_flop_count(gradient, q, k, v)
-    ),
-}
+# -------------------------------------------------------------------------------------------------------------------
+# The loss in chunks
+# -------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_counter_sees_the_attention_of_512_tokens():
-    states = torch.randn(1, 4, 512, 32, requires_grad=True)
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-        torch.nn.functional.scaled_dot_product_attention(states, states, states, is_causal=True).sum().backward()
-    assert counter.get_total_flops() == 14 * 512 * 512 * 4 * 32
+def make_logits_inputs(num_rows: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """Hidden states, the weight of an output layer and targets, for logits of about 3."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_states = torch.randn(num_rows, 40, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(310, 40, generator=generator).div(2).to(dtype).requires_grad_()
+    targets = torch.randint(310, (num_rows,), generator=generator)
+    return hidden_states, weight, targets
 
 
-def row_tensors(num_rows: int, vocab_size: int = 300) -> list[dict[str, torch.Tensor]]:
-    rows = random_rows(num_rows, vocab_size=vocab_size)
-    return [{name: torch.tensor(ids) for name, ids in row.items()} for row in rows]
+def plain_loss(hidden_states, weight, targets) -> torch.Tensor:
+    return cross_entropy((hidden_states @ weight.T).float(), targets, reduction="sum")
 
 
-class LargestLogits(TorchDispatchMode):
-    """Remembers the most rows of any tensor as wide as the vocabulary."""
+@both_implementations
+@pytest.mark.parametrize("num_rows", [1, TARGETS_PER_CHUNK - 1, TARGETS_PER_CHUNK, 3 * TARGETS_PER_CHUNK + 70])
+@pytest.mark.parametrize("needs_gradient", ["both", "hidden states", "weight"])
+def test_the_loss_in_chunks_is_the_cross_entropy(num_rows, needs_gradient, has_pytorchs_own):
+    hidden_states, weight, targets = make_logits_inputs(num_rows)
+    hidden_states.requires_grad_(needs_gradient != "weight")  # a frozen embedding below, or a frozen head
+    weight.requires_grad_(needs_gradient != "hidden states")
+    results = []
+    for compute in (plain_loss, summed_cross_entropy):
+        hidden_states.grad = None
+        weight.grad = None
+        loss = compute(hidden_states, weight, targets)
+        (loss / 7).backward()  # the gradients of a loss that is divided
+        results.append((loss.detach(), hidden_states.grad, weight.grad))
+    expected, found = results
+    assert found[0].dtype == torch.float32 and found[0].ndim == 0
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
+    for gradient, expected_gradient in zip(found[1:], expected[1:], strict=True):
+        if expected_gradient is None:
+            assert gradient is None
+        else:
+            assert gradient.dtype == expected_gradient.dtype
+            assert (gradient - expected_gradient).norm() <= 2e-6 * expected_gradient.norm()
 
-    def __init__(self, vocab_size: int):
-        super().__init__()
-        self.vocab_size, self.rows = vocab_size, 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.ndim > 1 and result.shape[-1] == self.vocab_size:
-            self.rows = max(self.rows, result.numel() // self.vocab_size)
-        return result
+@both_implementations
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("chunk", [16, 512])
+def test_in_bf16_the_loss_and_the_gradients_of_chunks_are_summed_in_float32(
+    chunk, autocast, has_pytorchs_own, monkeypatch
+):
+    """A sum in bf16 would have three digits, and the weight's gradient over 94 chunks would be several times worse."""
+    monkeypatch.setattr(data_collator, "TARGETS_PER_CHUNK", chunk)
+    hidden_states, weight, targets = make_logits_inputs(1500, torch.bfloat16)
+    results = []
+    for dtype, compute in (
+        (torch.float32, plain_loss),
+        (torch.bfloat16, plain_loss),
+        (torch.bfloat16, summed_cross_entropy),
+    ):
+        if autocast:
+            inputs = [part.detach().float().requires_grad_() for part in (hidden_states, weight)]
+        else:
+            inputs = [part.detach().to(dtype).requires_grad_() for part in (hidden_states, weight)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
+            loss = compute(*inputs, targets)
+        loss.backward()
+        results.append((loss.detach(), *(part.grad.float() for part in inputs)))
+    exact, plain, chunked = results
+    assert chunked[0].dtype == torch.float32
+    assert abs(chunked[0] - exact[0]) < 1e-4 * exact[0]
+    for i in (1, 2):
+        # The sum is rounded once more than one product over all targets: by the square root of 2 at most.
+        assert (chunked[i] - exact[i]).norm() <= 1.45 * (plain[i] - exact[i]).norm()
 
 
+def test_targets_that_do_not_belong_to_the_hidden_states_are_an_error():
+    hidden_states, weight, targets = make_logits_inputs(8)
+    with pytest.raises(AssertionError):
+        summed_cross_entropy(hidden_states, weight, targets[:7])
+
+
+@both_implementations
+def test_an_evaluation_computes_no_gradient(has_pytorchs_own):
+    hidden_states, weight, targets = make_logits_inputs(1300)
+    forward = 2 * 1300 * 40 * 310
+    assert count_operations(record(lambda: summed_cross_entropy(hidden_states, weight, targets))) == 3 * forward
+
+    @torch.no_grad()
+    def evaluate():
+        losses.append(summed_cross_entropy(hidden_states, weight, targets))
+
+    losses = []
+    assert count_operations(record(evaluate)) == forward
+    assert torch.equal(losses[0], summed_cross_entropy(hidden_states, weight, targets).detach())
+
+
+@both_implementations
 @pytest.mark.parametrize("adapter", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_loss_in_chunks_is_the_loss_and_never_holds_all_logits(tmp_path, adapter, tied, monkeypatch):
-    """71 targets in chunks of 40: the same loss and gradients as from all logits at once, of which none are held."""
+@pytest.mark.parametrize("place", ["plain loop", "loss head"])
+def test_the_loss_in_chunks_is_the_models_loss_and_never_holds_all_logits(
+    tmp_path, place, tied, adapter, has_pytorchs_own, monkeypatch
+):
+    """71 targets in chunks of 40: where the plain loops compute it, and in the output layer, where FSDP2 does."""
+    monkeypatch.setattr(data_collator, "TARGETS_PER_CHUNK", 40)
     torch.manual_seed(0)
-    model = base = load(save_tiny_model(tmp_path / "model", tied))
+    model = load(save_tiny_model(tmp_path / "model", tied))
+    script = finetune_pp
     if adapter:
+        script = finetune_pp_peft
         lora = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-        model = peft.get_peft_model(base, lora)
-    batch = DataCollator(padding_free=True)(row_tensors(8))
-    assert num_targets(batch) == 71
-    monkeypatch.setattr(data_collator, "TARGETS_AT_ONCE", 40)
-    results = []
-    for is_chunked in (False, True):
-        if is_chunked:
-            compute_loss_in_head(model, {"torch_compile": False})
-        model.zero_grad()
-        with LargestLogits(vocab_size=300) as largest:
-            loss = model(**batch, num_items_in_batch=7, use_cache=False).loss
-            loss.backward()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            evaluated = model(**batch, num_items_in_batch=7, use_cache=False).loss
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        results.append((loss, evaluated, gradients, largest.rows, counter.get_total_flops()))
-    (loss, _, gradients, rows, flops), (chunked, evaluated, chunked_gradients, chunked_rows, chunked_flops) = results
-    assert (rows, chunked_rows) == (71, 40)
-    assert chunked_flops == flops  # an evaluation computes no gradient
-    assert torch.equal(chunked, evaluated)
-    torch.testing.assert_close(chunked, loss, rtol=1e-6, atol=0)
-    assert chunked_gradients.keys() == gradients.keys()
-    assert all((chunked_gradients[n] - g).norm() <= 2e-6 * g.norm() for n, g in gradients.items())
+        model = peft.get_peft_model(model, lora)
+    batch = collate("padding-free", random_rows(8))
+    all_logits = record(loss_and_gradients, model, [batch], script.loss_of_model)
+    assert most_rows(all_logits, 300) == num_targets(batch) == 71
+    expected = loss_and_gradients(model, [batch], script.loss_of_model)
+
+    compute_loss = script.loss_in_chunks
+    if place == "loss head":
+        names = list(model.state_dict())
+        head = add_loss_head(model)
+        assert list(model.state_dict()) == names  # what is saved is as it was
+
+        def compute_loss(model, batch):
+            return summed_loss(model, batch, head)
+
+    in_chunks = record(loss_and_gradients, model, [batch], compute_loss)
+    assert most_rows(in_chunks, 300) == 40
+    assert_same(loss_and_gradients(model, [batch], compute_loss), expected, 2e-6)
 
 
-@pytest.mark.parametrize("adapter", [True, False])
-def test_the_loss_in_chunks_stays_float32_where_the_model_computes_in_bf16(tiny_model, adapter, monkeypatch):
-    """The loss is not rounded to bf16's three digits, and chunks are not added up in bf16."""
-    monkeypatch.setattr(data_collator, "TARGETS_AT_ONCE", 4)
-    batch, results = DataCollator(padding_free=True)(row_tensors(8)), []
-    for is_chunked, dtype in ((False, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16)):
-        model = load(tiny_model)
-        if adapter:
-            lora = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-            torch.manual_seed(0)
-            model = peft.get_peft_model(model, lora)
-        if is_chunked:
-            compute_loss_in_head(model, {"torch_compile": False})
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = model(**batch, num_items_in_batch=1, use_cache=False).loss
-        loss.backward()
-        results.append((loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
-    (exact, gradient), (plain, plain_gradient), (chunked, chunked_gradient) = results
-    assert chunked.dtype == torch.float32
-    assert abs(chunked - exact) <= 1.01 * abs(plain - exact) + 1e-5 * exact
-    assert (chunked_gradient - gradient).norm() <= 1.05 * (plain_gradient - gradient).norm()
+def test_a_loss_head_gives_logits_where_no_targets_are_set(tiny_model):
+    model = load(tiny_model)
+    batch = collate("padding-free", make_documents())
+    expected = model(**batch, use_cache=False).logits
+    weight = model.lm_head.weight
+    head = add_loss_head(model)
+    assert isinstance(model.lm_head, LossHead) and model.lm_head is head
+    assert head.weight is weight  # the optimizer's own, and a tied embedding's
+    assert torch.equal(model(**batch, use_cache=False).logits, expected)
+    assert summed_loss(model, batch, head).ndim == 0
+    with pytest.raises(ValueError, match="input_ids"):
+        summed_loss(model, batch | {"input_ids": None}, head)
+    assert torch.equal(model(**batch, use_cache=False).logits, expected)  # after an error, too
+    padded = collate("padded", make_documents())
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(summed_loss(model, padded, head), summed_loss(model, padded, None))
 
 
-CHUNKED = {"llama": True, "mistral": True, "qwen2": True, "gpt2": True, "gpt_neox": True, "gemma": True}
-CHUNKED |= {"phi": False, "gemma2": False, "granite": False, "cohere": False}  # a bias, or more is done to the logits
+# Whether the hidden states times the output layer's weight are what the loss compares: not with a bias, or where more
+# is done to the logits.
+PLAIN_LOGITS = {
+    "llama": True, "mistral": True, "qwen2": True, "gpt2": True, "gpt_neox": True, "gemma": True, "phi": False,
+    "gemma2": False, "granite": False, "cohere": False,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CHUNKED)
-def test_only_models_whose_logits_go_straight_into_the_loss_compute_it_in_the_head(name, monkeypatch):
-    config = transformers.AutoConfig.for_model(name, **sizes(), pad_token_id=0)
+def make_model_of_type(model_type: str, std: float):
+    config = transformers.AutoConfig.for_model(model_type, **sizes(), pad_token_id=0)
+    if model_type == "granite":
+        config.logits_scaling = 8.0  # as the published models have it; the default of 1 does nothing
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()  # gpt2 has dropout
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.5)  # logits so large that scaling or capping them would show
-    batch, losses = DataCollator(padding_free=True)(row_tensors(4, vocab_size=64)), []
-    calls, apply = [], data_collator.ChunkedCrossEntropy.apply
-    monkeypatch.setattr(data_collator.ChunkedCrossEntropy, "apply", lambda *args: calls.append(1) or apply(*args))
-    for is_chunked in (False, True):
-        if is_chunked:
-            compute_loss_in_head(model, {"torch_compile": False})
-        losses.append(model(**batch, num_items_in_batch=3, use_cache=False).loss.item())
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert bool(calls) == CHUNKED[name]
+            parameter.normal_(std=std)
+    return model
+
+
+@pytest.mark.parametrize("model_type", PLAIN_LOGITS)
+def test_only_models_whose_logits_go_straight_into_the_loss_compute_it_in_chunks(model_type, capsys):
+    """Logits are so large that scaling or capping them shows."""
+    model = make_model_of_type(model_type, std=0.5)
+    batch = collate("padding-free", random_rows(4, vocab_size=64))
+    expected = loss_and_gradients(model, [batch], finetune_pp.loss_of_model)
+    rows = SimpleNamespace(dataset=SimpleNamespace(packed=False))
+    compute_loss = finetune_pp.choose_loss(finetune_pp.Arguments(), model, rows)
+    assert (compute_loss is finetune_pp.loss_in_chunks) == PLAIN_LOGITS[model_type]
+    assert_same(loss_and_gradients(model, [batch], compute_loss), expected, 1e-5)
+
+    head = add_loss_head(model)
+    if model_type == "phi":
+        assert head is None  # its output layer has a bias
+    else:
+        capsys.readouterr()
+        is_plain = computes_plain_logits(model, 64, lambda model, batch: summed_loss(model, batch, head))
+        assert is_plain == PLAIN_LOGITS[model_type]
+        assert ("the loss is transformers' own" in capsys.readouterr().out) == (not is_plain)
+        if not is_plain:
+            head = None
+    found = loss_and_gradients(model, [batch], lambda model, batch: summed_loss(model, batch, head))
+    assert_same(found, expected, 1e-5)
+
+
+def test_asking_a_model_leaves_it_as_it_was(tiny_model):
+    model = load(tiny_model).train()
+    check_document_attention(model, 300)
+    computes_plain_logits(model, 300, finetune_pp.loss_in_chunks)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_an_adapter_on_the_output_layer_takes_part_in_the_loss(tiny_model):
     """Such a layer computes all logits."""
-    model = load(tiny_model)
     lora = peft.LoraConfig(r=8, target_modules=["lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
-    model = peft.get_peft_model(model, lora)
-    batch, losses = DataCollator(padding_free=True)(row_tensors(4)), []
-    for is_chunked in (False, True):
-        if is_chunked:
-            compute_loss_in_head(model, {"torch_compile": False})
-        losses.append(model(**batch, num_items_in_batch=1, use_cache=False).loss)
-    assert torch.equal(*losses)
+    model = peft.get_peft_model(load(tiny_model), lora)
+    rows = SimpleNamespace(dataset=SimpleNamespace(packed=False))
+    assert finetune_pp_peft.choose_loss(finetune_pp_peft.Arguments(), model, rows) is finetune_pp_peft.loss_of_model
+    assert add_loss_head(model) is None
 
 
-def test_the_loss_in_chunks_works_behind_the_hook_that_moves_inputs_between_devices(tiny_model):
-    """accelerate puts it on every layer of a model that is spread over devices."""
-    model, losses = load(tiny_model), []
-    batch = DataCollator(padding_free=True)(row_tensors(4))
-    for is_chunked in (False, True):
-        if is_chunked:
-            add_hook_to_module(model.lm_head, AlignDevicesHook("cpu"))
-            compute_loss_in_head(model, {"torch_compile": False})
-        output = model(**batch, num_items_in_batch=1, use_cache=False)
-        losses.append(output.loss.item())
-    assert output.logits.ndim == 0  # it is the loss
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+def test_the_plain_loop_computes_its_loss_behind_the_hooks_that_move_inputs_between_devices(tiny_model):
+    """accelerate puts them on every layer of a model that is spread over devices."""
+    batch = collate("padding-free", make_documents())
+    expected = loss_and_gradients(load(tiny_model), [batch], finetune_pp.loss_in_chunks)
+    model = load(tiny_model)
+    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "cpu"}
+    model = dispatch_model(model, device_map, force_hooks=True)
+    assert hasattr(model.lm_head, "_hf_hook")
+    assert_same(loss_and_gradients(model, [batch], finetune_pp.loss_in_chunks), expected, 1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("loss", ["in chunks", "of the model"])
+def test_fillers_alone_give_loss_zero_and_a_valid_backward(tiny_model, form, loss):
+    attention = "sdpa"
+    compute_loss = finetune_pp.loss_of_model
+    if form in PADDING_FREE_FORMS:
+        attention = "documents"
+    if loss == "in chunks":
+        if form in PADDED_FORMS:
+            pytest.skip("padded batches have no loss in chunks")
+        compute_loss = finetune_pp.loss_in_chunks
+    model = load(tiny_model, attention)
+    fillers = [filler_row(packed=form.startswith("packed"))] * 3
+    batch = DataCollator(padding_free=form in PADDING_FREE_FORMS)(fillers)
+    loss, gradients = loss_and_gradients(model, [batch], compute_loss)
+    assert num_targets(batch) == 0
+    assert loss == 0
+    assert len(gradients) == len(list(model.parameters()))
+    assert all(gradient.abs().max() == 0 for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("form", ["padded", "padding-free"])
+def test_fillers_beside_rows_change_neither_loss_nor_gradients(tiny_model, form):
+    attention = "sdpa"
+    if form == "padding-free":
+        attention = "documents"
+    model = load(tiny_model, attention, torch.float64)
+    first, second = tensors(random_rows(2))
+    filler = filler_row(packed=False)
+    collate_rows = DataCollator(padding_free=form == "padding-free")
+    expected = loss_and_gradients(model, [collate_rows([first, second])])
+    for rows in ([first, second, filler], [first, filler, second]):
+        assert_same(loss_and_gradients(model, [collate_rows(rows)]), expected, 1e-12)
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# The check that documents do not see each other
+# -------------------------------------------------------------------------------------------------------------------
 
 
 class IgnoresPositions(LlamaForCausalLM):
-    """Drops `position_ids`, as a model that was written without packed rows in mind does."""
+    """Drops all that says where documents begin, as a model that was written without packed rows in mind does."""
 
-    def forward(self, input_ids, position_ids=None, **inputs):
+    def forward(self, input_ids, position_ids=None, cu_seq_lens_q=None, cu_seq_lens_k=None, **inputs):
         return super().forward(input_ids, **inputs)
 
 
@@ -802,7 +1370,27 @@ def test_the_attention_check_finds_a_model_that_ignores_its_input(tiny_model, de
     model = defect.from_pretrained(tiny_model).train()
     with pytest.raises(ValueError, match="crosses documents.*--attn_implementation"):
         check_document_attention(model, 300)
-    assert model.training
+
+
+@pytest.mark.parametrize("attention", ["documents", "sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_attention_check_passes_for_llama(tiny_model, attention, dtype):
+    check_document_attention(load(tiny_model, attention, dtype), 300)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("std", [0.02, 0.3])
+def test_the_attention_check_passes_for_experts_which_round_by_what_else_is_in_the_batch(name, dtype, std):
+    model = make_model(name, std).to(dtype)
+    check_document_attention(model, 64)
+    attend_inside_documents(model)
+    check_document_attention(model, 64)
+
+
+def test_the_attention_check_refuses_a_model_that_does_not_know_positions():
+    with pytest.raises(ValueError, match="crosses documents"):
+        check_document_attention(make_model("bloom, alibi"), 64)
 
 
 def test_flash_attention_gets_the_documents_in_its_own_precision(tiny_model, monkeypatch):
@@ -811,229 +1399,40 @@ def test_flash_attention_gets_the_documents_in_its_own_precision(tiny_model, mon
     The replacement takes what the kernel takes, [tokens, heads, size] and the borders of the documents, and refuses
     float32 as it does.
     """
-    flash, borders = transformers.modeling_flash_attention_utils, []
+    flash = transformers.modeling_flash_attention_utils
+    borders = []
 
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
     ):
-        assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == cu_seqlens_q.diff().max()
+        assert causal
         if q.dtype != torch.bfloat16:
             raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
         borders.append(cu_seqlens_q.tolist())
-        lengths = cu_seqlens_q.diff().tolist()
-        documents = zip(*(states.transpose(0, 1)[None].split(lengths, 2) for states in (q, k, v)), strict=True)
-        settings = {"is_causal": True, "enable_gqa": True, "scale": softmax_scale}
-        outputs = [torch.nn.functional.scaled_dot_product_attention(*states, **settings) for states in documents]
-        return torch.cat(outputs, 2)[0].transpose(0, 1)
+        return attend_by_mask(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k), softmax_scale, (-1, 0)
+        )
 
     functions = (None, flash_attn_varlen_func, None, flash._pad_input, flash._unpad_input)
     process = (flash._lazy_define_process_function(flash_attn_varlen_func), None)
     monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *args, **kwargs: (functions, process))
-    rows, results = [{n: torch.tensor(ids) for n, ids in row.items()} for row in random_rows(3)], []
-    batch = DataCollator(padding_free=True)(rows)
+    rows = random_rows(3)
+    batch = collate("padding-free", rows)
+    results = []
     for kernel in ("auto", "flash_attention_2"):
-        model = load(tiny_model, "documents" if kernel == "auto" else "sdpa")
-        if kernel != "auto":
+        if kernel == "auto":
+            model = load(tiny_model)
+        else:
+            model = load(tiny_model, "sdpa")
             model.config._attn_implementation_internal = kernel  # setting it in the usual way wants the package
         check_document_attention(model, 300)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**batch, num_items_in_batch=5, use_cache=False).loss
-        loss.backward()
-        results.append([loss.detach()] + [parameter.grad for parameter in model.parameters()])
+
+        def compute_loss(model, batch):
+            with torch.autocast("cpu", torch.bfloat16):
+                return finetune_pp.loss_in_chunks(model, batch)
+
+        results.append(loss_and_gradients(model, [batch], compute_loss))
     assert borders[-1] == [0, *np.cumsum([len(row["input_ids"]) for row in rows])]
-    assert all((a - b).norm() <= 0.03 * a.norm() for a, b in zip(*results, strict=True))
+    assert_same(results[1], results[0], 0.03)
     with pytest.raises(RuntimeError, match="FlashAttention only"):
         model(**batch, use_cache=False)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("padding_free", [False, True])
-def test_fillers_alone_give_loss_zero_and_a_valid_backward(tiny_model, tmp_path, padding_free, packed):
-    rows = pack([random_rows(2)]) if packed else random_rows(2)
-    dataset = TokenizedDataset(save_rows(rows, tmp_path / "set"))
-    model = load(tiny_model)
-    batch = DataCollator(padding_free)([dataset[FILLER]] * 3)
-    loss = model(**batch, num_items_in_batch=5, use_cache=False).loss
-    loss.backward()
-    assert num_targets(batch) == 0
-    assert loss.item() == 0
-    assert all(parameter.grad.abs().max() == 0 for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("padding_free", [False, True])
-def test_fillers_beside_rows_change_neither_loss_nor_gradients(tiny_model, tmp_path, padding_free):
-    dataset = TokenizedDataset(save_rows(random_rows(2), tmp_path / "set"))
-    model, results = load(tiny_model, dtype=torch.float64), []
-    for indices in ([0, 1], [0, 1, FILLER], [0, FILLER, 1]):
-        model.zero_grad()
-        loss = summed_loss(model, DataCollator(padding_free)([dataset[i] for i in indices]))
-        loss.backward()
-        results.append(torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())]))
-    for result in results[1:]:
-        assert (result - results[0]).norm() <= 1e-12 * results[0].norm()
-
-
-# -------------------------------------------------------------------------------------------------------------------
-# Checkpoints and receipts
-# -------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sampler(tiny_set):
-    return RowSampler(TokenizedDataset(tiny_set), rows_per_step=8, seed=42)
-
-
-def save_checkpoint(output_dir: Path, step: int, sampler: RowSampler | None, save_total_limit: int = 9) -> Path:
-    """A checkpoint; without sampler one that was killed before complete.json."""
-    folder = output_dir / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    (folder / "weights.safetensors").write_bytes(bytes(range(256)) * step)
-    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    if sampler:
-        sampler.settings["save_total_limit"] = save_total_limit
-        complete_checkpoint(folder, sampler)
-    return folder
-
-
-def test_a_complete_checkpoint_has_no_damage_and_lists_every_file(tmp_path, sampler):
-    folder = save_checkpoint(tmp_path, 3, sampler)
-    assert find_damage(folder) is None
-    complete = json.loads((folder / "complete.json").read_text())
-    assert {name: entry["bytes"] for name, entry in complete["files"].items()} == {
-        "trainer_state.json": len('{"global_step": 3}'),
-        "weights.safetensors": 3 * 256,
-    }
-    assert complete["identity"] == sampler.identity
-    assert sorted(path.name for path in folder.iterdir()) == sorted(["complete.json", *complete["files"]])
-
-
-def test_the_newest_checkpoint_is_chosen_by_number(tmp_path, sampler):
-    for step in (20, 100, 3):
-        save_checkpoint(tmp_path, step, sampler)
-    (tmp_path / "checkpoint-final").mkdir()
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-20", "checkpoint-3"]
-    assert find_checkpoint("True", str(tmp_path), sampler) == tmp_path / "checkpoint-100"
-
-
-def test_a_checkpoint_without_its_mark_is_named_and_ignored(tmp_path, sampler, capsys):
-    save_checkpoint(tmp_path, 20, sampler)
-    unfinished = save_checkpoint(tmp_path, 100, None)
-    assert find_checkpoint("True", str(tmp_path), sampler) == tmp_path / "checkpoint-20"
-    assert f"ignoring {unfinished}: it has no complete.json" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no complete.json.*name a complete checkpoint"):
-        find_checkpoint(str(unfinished), str(tmp_path), sampler)
-
-
-def flip_a_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("damage", [flip_a_byte, Path.unlink, lambda path: path.write_bytes(b"")])
-def test_a_damaged_file_is_found_and_the_checkpoint_before_it_is_used(tmp_path, sampler, capsys, damage):
-    save_checkpoint(tmp_path, 20, sampler)
-    folder = save_checkpoint(tmp_path, 100, sampler)
-    damage(folder / "weights.safetensors")
-    assert find_damage(folder) == "missing or damaged: weights.safetensors"
-    assert find_checkpoint("True", str(tmp_path), sampler) == tmp_path / "checkpoint-20"
-    assert f"ignoring {folder}: missing or damaged: weights.safetensors" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="weights.safetensors"):
-        find_checkpoint(str(folder), str(tmp_path), sampler)
-
-
-@pytest.mark.parametrize("content", ["", '{"identity": {}, "fi', "[]", "{}"])
-def test_a_damaged_mark_is_damage_and_not_a_crash(tmp_path, sampler, content):
-    save_checkpoint(tmp_path, 20, sampler)
-    folder = save_checkpoint(tmp_path, 100, sampler)
-    (folder / "complete.json").write_text(content)
-    assert find_damage(folder) == "its complete.json is damaged"
-    assert find_checkpoint("True", str(tmp_path), sampler) == tmp_path / "checkpoint-20"
-
-
-def test_no_flipped_byte_of_the_mark_makes_a_crash(tmp_path, sampler):
-    folder = save_checkpoint(tmp_path, 2, sampler)
-    mark = (folder / "complete.json").read_bytes()
-    outcomes = set()
-    for at in range(len(mark)):
-        (folder / "complete.json").write_bytes(mark[:at] + bytes([mark[at] ^ 1]) + mark[at + 1 :])
-        try:
-            outcomes.add(find_checkpoint(str(folder), str(tmp_path), sampler))
-        except ValueError as refused:
-            outcomes.add(next(word for word in ("damaged", "belongs to") if word in str(refused)))
-    assert outcomes == {"damaged", "belongs to", folder}  # the size in bytes and white space decide nothing
-
-
-def test_a_file_that_cannot_be_read_back_leaves_the_checkpoint_incomplete(tmp_path, sampler, monkeypatch):
-    older, newer = save_checkpoint(tmp_path, 1, sampler), save_checkpoint(tmp_path, 2, None)
-
-    def sha256(path: Path) -> str:
-        if path.suffix == ".safetensors":
-            raise OSError("input/output error")
-        return "0"
-
-    monkeypatch.setattr(data_collator, "sha256", sha256)
-    with pytest.raises(OSError, match="input/output"):
-        complete_checkpoint(newer, sampler)
-    assert not (newer / "complete.json").exists() and (older / "complete.json").is_file()
-
-
-def test_only_complete_checkpoints_count_for_the_limit_and_all_older_ones_go(tmp_path, sampler):
-    for step in (10, 90, 105, 115):
-        save_checkpoint(tmp_path, step, None)
-    for step in (20, 30, 100):
-        save_checkpoint(tmp_path, step, sampler)
-    save_checkpoint(tmp_path, 110, sampler, save_total_limit=2)
-    assert [int(path.name[11:]) for path in list_checkpoints(tmp_path)] == [115, 110, 105, 100]
-
-
-@pytest.mark.parametrize("change", [{"seed": 43}, {"rows_per_step": 4}, {"dataset": 23}])
-def test_a_checkpoint_of_another_row_order_is_refused(tmp_path, sampler, change):
-    folder = save_checkpoint(tmp_path / "run", 20, sampler)
-    arguments = {"dataset": sampler.dataset, "rows_per_step": 8, "seed": 42} | change
-    if "dataset" in change:
-        arguments["dataset"] = TokenizedDataset(save_rows(random_rows(22, seed=1), tmp_path / "other"))
-    other = RowSampler(**arguments)
-    for choice in ("True", str(folder)):
-        with pytest.raises(ValueError, match="checkpoint-20 belongs to a run with"):
-            find_checkpoint(choice, str(tmp_path / "run"), other)
-    assert find_checkpoint(str(folder), str(tmp_path / "run"), sampler) == folder
-
-
-def test_without_a_checkpoint_training_starts_from_the_beginning(tmp_path, sampler, capsys):
-    assert find_checkpoint("True", str(tmp_path / "none"), sampler) is None
-    assert "starting from the beginning" in capsys.readouterr().out
-    save_checkpoint(tmp_path, 20, sampler)
-    assert find_checkpoint("False", str(tmp_path), sampler) is None
-
-
-def test_a_former_run_is_set_aside_whole(tmp_path, sampler):
-    output_dir = tmp_path / "run"
-    output_dir.mkdir()
-    (output_dir / "notes.txt").write_text("mine")
-    set_former_run_aside(output_dir)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # holds no run
-    save_checkpoint(output_dir, 20, sampler)
-    set_former_run_aside(output_dir)
-    (former,) = tmp_path.iterdir()
-    assert former.name.startswith("run.2")
-    assert find_damage(former / "checkpoint-20") is None
-    assert (former / "notes.txt").read_text() == "mine"
-
-
-def test_the_receipt_names_arguments_versions_data_and_row_order(tmp_path, sampler):
-    write_receipt(tmp_path, {"learning_rate": 1e-3}, sampler, ["cpu"], {"tokens_per_second": 7.0})
-    receipt = json.loads((tmp_path / "run.json").read_text())
-    assert receipt["arguments"] == {"learning_rate": 1e-3}
-    assert receipt["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert receipt["dataset"] == sampler.dataset.ledger
-    assert receipt["identity"] == {
-        "dataset_sha256": sampler.dataset.ledger["sha256"],
-        "num_rows": 22,
-        "rows_per_step": 8,
-        "seed": 42,
-        "script": Path(sys.argv[0]).name,
-    }
-    assert receipt["world_size"] == len(receipt["peak_memory_bytes"]) == 1
-    assert receipt["devices"] == ["cpu"] and receipt["tokens_per_second"] == 7.0
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

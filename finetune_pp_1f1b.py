@@ -765,7 +765,10 @@ def publish_checkpoint(args: Arguments, written: Path, settings: dict) -> None:
         delete_checkpoint(checkpoint)
     written.rename(checkpoint)
     sync_to_disk(checkpoint.parent)
-    for outdated in list_checkpoints(args.output_dir)[args.save_total_limit :]:
+    checkpoints = list_checkpoints(args.output_dir)
+    usable = [path for path in checkpoints if find_damage(path) is None]
+    oldest_kept = usable[: args.save_total_limit][-1]
+    for outdated in checkpoints[checkpoints.index(oldest_kept) + 1 :]:
         delete_checkpoint(outdated)
 
 
@@ -895,8 +898,10 @@ def find_damage(checkpoint: Path) -> str | None:
     if not (checkpoint / "settings.json").is_file() and not (checkpoint / "complete.json").is_file():
         return "it has no settings.json, so it is not a checkpoint of this toolkit, or was never finished"
     try:
-        sizes = read_settings(checkpoint)["file_sizes"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        recorded = read_settings(checkpoint)
+        sizes = dict(recorded["file_sizes"])
+        assert recorded["settings"]["num_rows"] > 0
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
         return "its settings.json is damaged"
     for name, size in sizes.items():
         path = checkpoint / name

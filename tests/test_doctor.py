@@ -121,10 +121,24 @@ def test_the_machine_that_runs_these_tests_passes(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_measured_machine_is_what_the_plan_reads(tmp_path):
+    """Written by the doctor, read by plan.py; a fraction of a second for each figure."""
+    path = tmp_path / "machine.json"
+    doctor.write_machine(str(path))
+    machine = json.loads(path.read_text())
+    assert 1e9 < machine["cpu"]["flops"] < 1e14 and 1e8 < machine["cpu"]["memory_bandwidth"] < 1e13
+    assert machine["speeds"]["disk"] > 1e6
+    planned = run_script("tools/plan.py", "--machine", path, "--gpus", 1, "--model", "smollm2-135m", "--batch", 8)
+    assert "1. " in planned.stdout and "USE_CPU=1" in planned.stdout
+
+
 def test_mistakes_end_with_one_message():
     for words, part in (
         (["--", "train.py"], "train.py: behind -- stands one of finetune_"),
         (["--cores", "3"], "usage: tools/doctor.py"),
+        (["--json"], "usage: tools/doctor.py"),
+        (["--json", "no/such/machine.json"], "--json no/such/machine.json: no such folder"),
+        (["--num_processes", "0"], "--num_processes 0: must be a number above 0"),
         (["--num_processes", "2", "--", "finetune_pp.py"], "--num_processes 2: finetune_pp.py is one process"),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -3,6 +3,7 @@
     python tools/doctor.py
     python tools/doctor.py -- finetune_pp_peft.py --dataset_path data_sample/tokenized/triage_train
     python tools/doctor.py --num_processes 8 -- finetune_pp_peft_trainer.py --model_path models/llama-7b
+    python tools/doctor.py --json machine.json          # also measures the machine, for tools/plan.py --machine
 
 What stands behind `--` is the script and the flags of the run to come. It is started with them for three steps in a
 temporary folder beside --output_dir, saved, and resumed for a fourth; then the folder is deleted. Meanwhile
@@ -434,37 +435,60 @@ def report(title: str, checks: list[Check]) -> bool:
     return is_good
 
 
-def read_command(words: list[str]) -> tuple[int, list[str]]:
-    """The number of processes, and the script with its flags; ends the program with a message for a mistake."""
+USAGE = "tools/doctor.py [--num_processes N] [--json FILE] [-- SCRIPT --flag value ...]"
+
+
+def read_command(words: list[str]) -> tuple[int, str | None, list[str]]:
+    """The number of processes, the file to write, and the script with its flags; a mistake ends the program."""
     own = words
     command = []
     if "--" in words:
         own = words[: words.index("--")]
         command = words[words.index("--") + 1 :]
-    num_processes = "1"
-    if own:
-        if len(own) != 2 or own[0] != "--num_processes" or not own[1].isdecimal() or own[1] == "0":
-            sys.exit(f"error: {' '.join(own)}: usage: tools/doctor.py [--num_processes N] [-- SCRIPT --flag value ...]")
-        num_processes = own[1]
+    flags = {"--num_processes": "1", "--json": None}
+    if len(own) % 2:
+        sys.exit(f"error: {' '.join(own)}: usage: {USAGE}")
+    for i in range(0, len(own), 2):
+        if own[i] not in flags:
+            sys.exit(f"error: {' '.join(own)}: usage: {USAGE}")
+        flags[own[i]] = own[i + 1]
+    num_processes = flags["--num_processes"]
+    if not num_processes.isdecimal() or num_processes == "0":
+        sys.exit(f"error: --num_processes {num_processes}: must be a number above 0")
+    if flags["--json"] and not Path(flags["--json"]).absolute().parent.is_dir():
+        sys.exit(f"error: --json {flags['--json']}: no such folder; name a file in one that is there")
     scripts = sorted(path.name for path in ROOT.glob("finetune_*.py"))
     if command and command[0] not in scripts:
         sys.exit(f"error: {command[0]}: behind -- stands one of {', '.join(scripts)}, and its flags")
     if int(num_processes) > 1 and command and command[0] in ("finetune_pp.py", "finetune_pp_peft.py"):
         sys.exit(f"error: --num_processes {num_processes}: {command[0]} is one process; it takes all visible GPUs")
-    return int(num_processes), command
+    return int(num_processes), flags["--json"], command
+
+
+def write_machine(path: str) -> None:
+    """Measures what tools/plan.py --machine reads."""
+    from planning.measure import measure_machine
+
+    machine = measure_machine(Path(path).parent)
+    Path(path).write_text(json.dumps(machine, indent=2) + "\n", encoding="utf-8")
+    print(f"\nwrote {path}: python tools/plan.py --machine {path}")
 
 
 def main() -> None:
     if sys.argv[1:] in (["-h"], ["--help"]):
         print(__doc__)
         return
-    num_processes, command = read_command(sys.argv[1:])
+    num_processes, json_path, command = read_command(sys.argv[1:])
+    if json_path:
+        json_path = str(Path(json_path).absolute())
     os.chdir(ROOT)  # where the rehearsal runs: relative paths mean the same to all
     output_dir = Path("outputs")
     if command:
         output_dir = Path(parse(command[0], command[1:]).output_dir)
     machine = check_versions() + check_gpus() + check_compilers() + check_limits() + check_disk(output_dir)
     is_good = report("machine", machine)
+    if json_path:
+        write_machine(json_path)
     if command and is_good:
         is_good = report(f"rehearsal of {command[0]}", rehearse(command[0], command[1:], num_processes))
     if not is_good:

@@ -247,11 +247,10 @@ def read_machine(path: str | None) -> Measured:
         return Measured({}, {})
     try:
         measured = json.loads(Path(path).read_text(encoding="utf-8"))
-        gpus = {}
-        if measured.get("gpu"):
-            gpus["measured"] = GPU(**measured["gpu"])
-        if measured.get("cpu"):
-            gpus["cpu"] = GPU(**measured["cpu"])
+        if measured["gpu"]:
+            gpus = {"measured": GPU(**measured["gpu"])}
+        else:
+            gpus = {"cpu": GPU(**measured["cpu"])}
         return Measured(gpus, measured["speeds"])
     except (OSError, ValueError, TypeError, KeyError) as problem:
         raise ValueError(f"not a file that tools/doctor.py --json writes ({problem})") from None
@@ -259,7 +258,7 @@ def read_machine(path: str | None) -> Measured:
 
 def read_gpus(text: str, custom: dict[str, GPU]) -> list[str]:
     """Names of kinds; a described or a measured card takes the default's place."""
-    if text == "a100-80g" and custom and "cpu" not in custom:
+    if text == "a100-80g" and custom:
         return list(custom)
     if text == "all":
         return [*custom, *GPUS]

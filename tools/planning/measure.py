@@ -1,14 +1,18 @@
-"""Measures this machine's CPU for plan.py: one process with as many threads as the scripts would give it."""
+"""Measures this machine for plan.py: its CPU, as one process with as many threads as the scripts would give it; its
+first GPU; the way between GPU and host; and a disk."""
 
 import os
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 
 import psutil
 import torch
 
-from .hardware import GPU
-from .models import Model
+from .hardware import GB, GPU, PCIE4
+from .models import MODELS, Model
 
 TOKENS = 512  # of a forward
 NUM_SECONDS = 0.4  # for each measurement
@@ -107,3 +111,100 @@ def empty_operations(number: int) -> None:
     one = torch.ones(1)
     for _ in range(number):
         one + one
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# What tools/doctor.py --json writes
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def measure_machine(folder: Path) -> dict:
+    """The CPU, the first GPU if there is one, and the speeds of host link and disk in bytes/s.
+
+    Args:
+        folder: on the disk that is to be measured.
+    """
+    measured = {
+        "cpu": asdict(measure_cpu(MODELS["smollm2-135m"], processes=1)),
+        "gpu": None,
+        "speeds": {"disk": disk_speed(folder), "host_memory": psutil.virtual_memory().total},
+    }
+    if torch.cuda.is_available():
+        measured["gpu"] = asdict(measure_gpu())
+        measured["speeds"]["host_link"] = host_link_speed()
+    else:
+        measured["speeds"]["cores"] = os.cpu_count()
+    return measured
+
+
+def gpu_seconds_of(action: Callable[[], object]) -> float:
+    """The fastest of several calls on the GPU, by its own clock."""
+    action()
+    fastest = float("inf")
+    for _ in range(10):
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record()
+        action()
+        end.record()
+        torch.cuda.synchronize()
+        fastest = min(fastest, start.elapsed_time(end) / 1000)
+    return fastest
+
+
+def measure_gpu() -> GPU:
+    """The first GPU by large products, attention in documents of 4,096 tokens, and copies.
+
+    Products of random numbers alone are faster than those within a step; hardware.GPUS have four fifths to nine tenths
+    of what ml-engineering measured so, and this takes 0.85.
+    """
+    compute_bytes = 4
+    dtype = torch.float32
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        compute_bytes = 2
+        dtype = torch.bfloat16
+    size = 8192
+    matrix = torch.randn(size, size, device="cuda", dtype=dtype)
+    flops = 2 * size**3 / gpu_seconds_of(lambda: matrix @ matrix)
+    bandwidth = 2 * matrix.numel() * compute_bytes / gpu_seconds_of(matrix.clone)
+    states = torch.randn(1, 32, 4096, 128, device="cuda", dtype=dtype, requires_grad=True)
+
+    def attend() -> None:
+        attention = torch.nn.functional.scaled_dot_product_attention
+        attention(states, states, states, is_causal=True).backward(states)
+
+    attention_flops = 3.5 * 4 * 32 * 128 * 4096 * 4097 / 2
+    link = PCIE4
+    if torch.cuda.device_count() > 1:
+        other = matrix.to("cuda:1")
+        link = matrix.numel() * compute_bytes / gpu_seconds_of(lambda: other.copy_(matrix))
+    return GPU(
+        flops=flops,
+        memory_bandwidth=bandwidth,
+        memory=torch.cuda.get_device_properties(0).total_memory,
+        link=link,
+        product_share=0.85,
+        attention_share=attention_flops / gpu_seconds_of(attend) / flops,
+        source=f"measured: {torch.cuda.get_device_name(0)}",
+        compute_bytes=compute_bytes,
+        bandwidth_share=1.0,
+    )
+
+
+def host_link_speed() -> float:
+    """Bytes a second from the GPU into pinned host memory. DeepSpeed's offload sustains a tenth, tensor by tensor."""
+    values = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    pinned = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    return 0.1 * values.numel() / gpu_seconds_of(lambda: pinned.copy_(values))
+
+
+def disk_speed(folder: Path) -> float:
+    """Bytes a second of 128 MB that really reach the disk."""
+    block = os.urandom(2**20)
+    started = time.perf_counter()
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for _ in range(128):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return max(0.001 * GB, 128 * 2**20 / (time.perf_counter() - started))

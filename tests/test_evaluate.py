@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, make_tokenizer, random_rows, run_script, save_rows, save_tiny_model
 from datasets import load_from_disk
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from tools import evaluate
 
@@ -275,6 +275,85 @@ def test_every_checkpoint_and_a_comparison(tiny_model, tmp_path, monkeypatch, ca
     assert "other questions" in str(stopped.value.code)
 
 
+SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2}
+WIDE = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# Rows are longer than the window of all that have one. The last ones know no position_ids, hand states on, or attend
+# to chunks.
+FAMILIES = {
+    "llama": WIDE,
+    "mistral": WIDE | {"sliding_window": 8},
+    "starcoder2": WIDE | {"sliding_window": 8},
+    "qwen2": WIDE | {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+    "gemma2": WIDE | {"sliding_window": 8, "query_pre_attn_scalar": 8},  # soft caps, and no sdpa
+    "gemma3_text": WIDE | {"sliding_window": 8},
+    "cohere2": WIDE | {"sliding_window": 8},
+    "phi3": WIDE | {"sliding_window": 8},
+    "qwen3": WIDE,
+    "gpt_neox": SIZES | {"intermediate_size": 64},
+    "mixtral": WIDE | EXPERTS,
+    "gpt2": {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},
+    "gptj": {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "initializer_range": 0.2},
+    "bloom": {"vocab_size": 300, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},
+    "opt": SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 256, "init_std": 0.2},
+    "mamba": {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "initializer_range": 0.2},
+    "llama4_text": WIDE | {"attention_chunk_size": 8, "intermediate_size_mlp": 64, "num_local_experts": 2},
+    "mpt": {"vocab_size": 300, "d_model": 32, "n_layers": 2, "n_heads": 4, "initializer_range": 0.2},
+}
+
+
+def make_model(family: str):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 and "norm" not in name:
+            parameter.data.normal_(std=0.1)  # biases begin as zeros
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_scored_as_by_plain_forwards_whatever_the_batch_size(family):
+    """Multiple choice and instructions. The model sees what it sees alone: its windows, its soft caps, its states."""
+    model = make_model(family)
+    questions = random_questions(5)
+    assert max(map(evaluate.num_tokens_of, questions)) > 16
+    alone = score_one_by_one(model, questions)
+    for batch_size in (1, 3, 5):
+        scores = evaluate.score_questions(model, questions, batch_size)
+        for found, expected in zip(scores, alone, strict=True):
+            for option, log_probs in zip(found, expected, strict=True):
+                assert option == pytest.approx(log_probs, rel=1e-4, abs=1e-5)
+    rows = [{name: list(ids) for name, ids in row.items()} for row in random_rows(7)]
+    total, _, num = sum_over_targets(model, rows)
+    data = evaluate.TestSet("instruction", rows, make_tokenizer(), {}, [])
+    for batch_size in (1, 3, 7):
+        result = evaluate.evaluate_targets(model, data, evaluate.Arguments(per_device_eval_batch_size=batch_size))
+        assert result["loss"] == pytest.approx(total / num, rel=1e-5)
+
+
+def test_packed_rows_are_refused_where_documents_would_see_each_other(tiny_model, tmp_path, monkeypatch):
+    """A model without positions of its own, and an adapter whose virtual tokens stand before one document."""
+    rows = []
+    for row in random_rows(4):
+        half = len(row["input_ids"]) // 2
+        positions = [*range(half), *range(len(row["input_ids"]) - half)]
+        rows.append(row | {"position_ids": positions})
+    data = save_rows(rows, tmp_path / "set")
+    make_model("bloom").save_pretrained(tmp_path / "bloom")
+    make_tokenizer().save_pretrained(tmp_path / "bloom")
+    message = stop_message(monkeypatch, "--model_path", tmp_path / "bloom", "--dataset_path", data)
+    assert f"error: --dataset_path {data}: its rows hold several documents, and" in message
+    import peft
+
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    message = stop_message(monkeypatch, "--peft_path", tmp_path / "adapter", "--dataset_path", data)
+    assert f"error: --dataset_path {data}: its rows hold several documents, and this adapter" in message
+
+
 def stop_message(monkeypatch, *flags) -> str:
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
     with pytest.raises(SystemExit) as stopped:
@@ -298,9 +377,31 @@ def test_an_adapter_that_does_not_fit_is_refused_by_both_names(tiny_model, tiny_
     assert "adapter_model.safetensors is cut off" in stop_message(monkeypatch, *flags)
 
 
-def test_mistakes_are_reported_together(tmp_path):
+def test_mistakes_are_reported_together(tmp_path, monkeypatch):
     flags = ["--model_path", "models/none", "--peft_path", tmp_path, "--per_device_eval_batch_size", 0]
-    completed = run_script("tools/evaluate.py", *flags, "--dataset_path", tmp_path / "none", check=False)
-    assert completed.returncode == 1 and "Traceback" not in completed.stderr
+    message = stop_message(monkeypatch, *flags, "--dataset_path", tmp_path / "none")
     for part in ("--model_path models/none", "--peft_path", "--per_device_eval_batch_size 0", "--dataset_path"):
-        assert part in completed.stderr
+        assert part in message
+
+
+def test_the_flag_that_is_to_blame_is_named(tiny_model, tiny_set, tmp_path, monkeypatch):
+    """Each alone, with all others right."""
+    right = {"--model_path": tiny_model, "--dataset_path": tiny_set}
+    long_rows = save_rows(random_rows(3, shortest=300, longest=310), tmp_path / "long")
+    cases = {
+        "--model_path somebody/llama": {"--model_path": "somebody/llama"},
+        "--dataset_path nowhere: no such folder": {"--dataset_path": "nowhere"},
+        f"--dataset_path {long_rows}: a row has 3": {"--dataset_path": long_rows},
+        "--shots 2: needs questions with options": {"--shots": 2},
+        "--all_checkpoints True:": {"--all_checkpoints": "True"},
+        "--compare nowhere: no such folder or file": {"--compare": "nowhere"},
+        f"--dataset_path {tiny_set}: --compare needs questions": {"--compare": tiny_model},
+    }
+    for expected, changed in cases.items():
+        flags = []
+        for name, value in (right | changed).items():
+            flags += [name, value]
+        if "--compare" in changed:
+            flags.append(tiny_model)
+        message = stop_message(monkeypatch, *flags)
+        assert message.startswith(f"error: {expected}"), message

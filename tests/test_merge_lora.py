@@ -11,9 +11,16 @@ import peft
 import pytest
 import torch
 from conftest import ROOT, make_tokenizer, random_rows, run_script, save_rows, save_tiny_model
-from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import finetune_pp_peft
 import test_sample
@@ -142,6 +149,167 @@ def test_a_merged_folder_is_a_plain_model(tmp_path, monkeypatch):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "wide").dtype == torch.float32
 
 
+EMBEDDING_AND_HEAD = {
+    "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "LoRA on the embedding": {"target_modules": ["embed_tokens", "down_proj"]},
+    "LoRA on both": {"target_modules": ["embed_tokens", "lm_head"], "use_rslora": True},
+    "a whole head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "a whole embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "whole both": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "a whole embedding and LoRA on the head": {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("copies", [True, False])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case", EMBEDDING_AND_HEAD)
+def test_adapters_on_embedding_and_head_are_merged_by_untying(case, tied, copies, tmp_path, monkeypatch):
+    """Against the model that PEFT trained. A tied base has one weight for both; the merged model has two.
+
+    copies: PEFT saved the base's own embedding and head along, as it does by itself.
+    """
+    base = save_tiny_model(tmp_path / "base", tied=tied)
+    torch.manual_seed(3)
+    model = load(base)
+    options = {"init_lora_weights": False} | EMBEDDING_AND_HEAD[case]
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers="auto" if copies else False)
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+        for verify in ("True", "False"):
+            output = tmp_path / f"merged{verify}"
+            run(monkeypatch, "--peft_path", tmp_path / "adapter", "--output", output, "--verify", verify)
+            merged = load(output)
+            assert not merged.config.tie_word_embeddings
+            assert torch.allclose(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_base_whose_files_have_the_weight_twice_is_untied_too(tmp_path, monkeypatch):
+    """As older programs saved it; a program that believes the configuration would tie the two again."""
+    base = save_tiny_model(tmp_path / "base", tied=True)
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    model = save_adapter(base, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
+    run(monkeypatch, "--peft_path", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert not load(tmp_path / "merged").config.tie_word_embeddings
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        assert torch.allclose(load(tmp_path / "merged")(ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_on_other_layers_leaves_a_tied_base_tied(tmp_path, monkeypatch):
+    base = save_tiny_model(tmp_path / "base", tied=True)
+    save_adapter(base, tmp_path / "adapter")
+    run(monkeypatch, "--peft_path", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert load(tmp_path / "merged").config.tie_word_embeddings
+    assert "lm_head.weight" not in load_file(tmp_path / "merged" / "model.safetensors")
+
+
+SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 1}
+WIDE = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2, "eos_token_id": 2, "pad_token_id": 0}
+OTHER_FAMILIES = {
+    "qwen2": (WIDE, {"bias": "all"}),
+    "gemma": (WIDE | {"head_dim": 8}, {"target_modules": ["lm_head", "q_proj"]}),  # tied by default
+    "mistral": (WIDE, {"bias": "lora_only", "target_modules": "all-linear"}),
+    "phi3": (WIDE, {"target_modules": "all-linear"}),
+    "mixtral": (WIDE | {"num_local_experts": 4}, {"target_modules": ["q_proj", "o_proj"]}),
+    "gpt2": ({"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4}, {"target_modules": ["c_attn", "c_proj"]}),
+    "gpt_neox": (SIZES | {"intermediate_size": 64}, {"target_modules": ["query_key_value"], "bias": "all"}),
+}
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_other_families_are_merged_like_llama(family, tmp_path, monkeypatch):
+    """Biases that were trained, weights that lie the other way round, files with other names than in memory."""
+    sizes, options = OTHER_FAMILIES[family]
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    base.save_pretrained(tmp_path / "base")
+    options = {"init_lora_weights": False, "target_modules": ["q_proj", "v_proj"]} | options
+    model = peft.get_peft_model(load(tmp_path / "base"), peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") and parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    run(monkeypatch, "--peft_path", tmp_path / "adapter", "--output", tmp_path / "merged")
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+        assert torch.allclose(load(tmp_path / "merged")(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_has_another_name_in_the_files_is_refused_with_that_reason(tmp_path, monkeypatch):
+    """GPT-NeoX's head is lm_head in memory and embed_out on disk."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt_neox", **SIZES | {"intermediate_size": 64})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    assert "embed_out.weight" in load_file(tmp_path / "base" / "model.safetensors")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])
+    peft.get_peft_model(load(tmp_path / "base"), config).save_pretrained(tmp_path / "adapter")
+    message = stop_message(monkeypatch, "--peft_path", tmp_path / "adapter", "--output", tmp_path / "out")
+    assert "keeps lm_head.weight under another name in the files of gpt_neox models" in message
+
+
+UNMERGED_SETTINGS = {
+    "use_dora": {"use_dora": True},
+    "trainable_token_indices": {"trainable_token_indices": [3, 4]},
+    "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
+    "lora_bias": {"lora_bias": True},
+}
+
+
+@pytest.mark.parametrize("name", UNMERGED_SETTINGS)
+def test_what_needs_another_formula_is_refused_by_its_name(name, tiny_model, tmp_path, monkeypatch):
+    save_adapter(tiny_model, tmp_path / "adapter", target_modules=["q_proj", "v_proj"], **UNMERGED_SETTINGS[name])
+    flags = ["--peft_path", tmp_path / "adapter", "--output", tmp_path / "out", "--verify", "False"]
+    message = stop_message(monkeypatch, *flags)
+    assert f"it uses {name}, which this tool does not merge; use PEFT's merge_and_unload" in message
+
+
+def test_a_setting_of_a_newer_peft_is_never_overlooked(tiny_model, tmp_path, monkeypatch):
+    save_adapter(tiny_model, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_lora_of_2030": True}))
+    message = stop_message(monkeypatch, "--peft_path", tmp_path / "adapter", "--output", tmp_path / "out")
+    assert "it uses use_lora_of_2030, which this tool does not merge" in message
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_others_may_read_what_the_umask_lets_them(umask, tiny_model, tmp_path, monkeypatch):
+    """safetensors writes for the owner alone."""
+    save_adapter(tiny_model, tmp_path / "adapter")
+    before = os.umask(umask)
+    try:
+        run(monkeypatch, "--peft_path", tmp_path / "adapter", "--output", tmp_path / "out", "--gguf", "f32")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == {0o666 & ~umask} and (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_an_adapter_that_rounding_drowns_is_said(tmp_path, monkeypatch, capsys):
+    """In bf16 a weight moves by steps of 2^-8 of itself; a small change gets lost between two of them."""
+    base = save_tiny_model(tmp_path / "base", dtype=torch.bfloat16)
+    save_adapter(base, tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            tensor *= 1e-4
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    flags = ["--peft_path", tmp_path / "adapter", "--output"]
+    run(monkeypatch, *flags, tmp_path / "bf16")
+    assert "--dtype float32 keeps what it learned" in capsys.readouterr().out
+    run(monkeypatch, *flags, tmp_path / "float32", "--dtype", "float32")
+    assert "keeps what it learned" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_gguf_has_the_weights_to_rounding(tied, tmp_path, monkeypatch):
     """f32 exactly, f16 to the nearest half, q8_0 within half a step of its block of 32; read back by transformers."""
@@ -225,6 +393,153 @@ def test_the_rotary_scaling_of_llama_3_is_written(tmp_path, monkeypatch):
     assert len(set(expected)) > 1
 
 
+def test_tensors_that_llama_cpp_has_no_use_for_stay_out_of_the_file(tmp_path, monkeypatch):
+    """Old programs saved rotary tables and masks along; llama.cpp counts its tensors, and does not load one more."""
+    model_path = save_tiny_model(tmp_path / "model")
+    tensors = load_file(model_path / "model.safetensors")
+    extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+    extra |= {f"model.layers.{i}.self_attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    save_file(tensors | extra, model_path / "model.safetensors", metadata={"format": "pt"})
+    run(monkeypatch, "--model_path", model_path, "--gguf", "f16", "--output", tmp_path / "out")
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "out" / "model-f16.gguf").tensors}
+    layer = {"attn_q", "attn_k", "attn_v", "attn_output", "attn_norm", "ffn_gate", "ffn_up", "ffn_down", "ffn_norm"}
+    expected = {f"blk.{i}.{name}.weight" for i in range(2) for name in layer}
+    assert names == expected | {"token_embd.weight", "output.weight", "output_norm.weight"}
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_norm.weight", "value_head.weight", "model.layers.2.mlp.up"]
+)
+def test_a_tensor_that_is_not_in_the_list_is_refused_by_name(name, tmp_path, monkeypatch):
+    model_path = save_tiny_model(tmp_path / "model")
+    tensors = load_file(model_path / "model.safetensors")
+    save_file(tensors | {name: torch.ones(8)}, model_path / "model.safetensors", metadata={"format": "pt"})
+    message = stop_message(monkeypatch, "--model_path", model_path, "--gguf", "f16", "--output", tmp_path / "out")
+    assert f"--gguf f16: llama.cpp's LLaMA has no tensor {name}, so its file would not load" in message
+
+
+@pytest.mark.parametrize("with_default", [True, False])
+def test_of_several_chat_templates_the_default_one_is_written(with_default, tmp_path, monkeypatch):
+    model_path = save_tiny_model(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    names = ["tool_use", "rag"] + ["default"] * with_default
+    tokenizer.chat_template = {name: "{{ messages[0]['content'] }} " + name for name in names}
+    tokenizer.save_pretrained(model_path)
+    run(monkeypatch, "--model_path", model_path, "--gguf", "f16", "--output", tmp_path / "out")
+    fields = read_fields(tmp_path / "out" / "model-f16.gguf")
+    if with_default:
+        assert fields["tokenizer.chat_template"] == "{{ messages[0]['content'] }} default"
+    else:
+        assert "tokenizer.chat_template" not in fields
+    save_adapter(model_path, tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    run(monkeypatch, "--peft_path", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer.chat_template
+
+
+def byte_level(spec, **options):
+    spec["pre_tokenizer"] |= options
+
+
+def wrap(spec, *steps):
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps, spec["pre_tokenizer"]]}
+
+
+LLAMA_3 = {
+    "type": "Split",
+    "pattern": {"Regex": gguf_export.LLAMA_3_WORDS},
+    "behavior": "Isolated",
+    "invert": False,
+}
+DIGITS = {"type": "Digits", "individual_digits": True}
+NFC = {"type": "NFC"}
+TOKENIZERS = {
+    "add_prefix_space": (lambda spec: byte_level(spec, add_prefix_space=True), "add_prefix_space"),
+    "add_prefix_space behind digits": (
+        lambda spec: (byte_level(spec, add_prefix_space=True), wrap(spec, DIGITS)),
+        "add_prefix_space",
+    ),
+    "add_prefix_space behind Llama 3's words": (
+        lambda spec: (byte_level(spec, add_prefix_space=True, use_regex=False), wrap(spec, LLAMA_3)),
+        "add_prefix_space",
+    ),
+    "normalizer": (lambda spec: spec.update(normalizer=NFC), "changes text by NFC first"),
+    "normalizer before digits": (lambda spec: (wrap(spec, DIGITS), spec.update(normalizer=NFC)), "by NFC first"),
+    "normalizer before Llama 3's words": (
+        lambda spec: (byte_level(spec, use_regex=False), wrap(spec, LLAMA_3), spec.update(normalizer=NFC)),
+        "by NFC first",
+    ),
+    "no regex": (lambda spec: byte_level(spec, use_regex=False), "cuts text by ByteLevel"),
+    "digits by three": (lambda spec: wrap(spec, DIGITS | {"individual_digits": False}), "cuts text by Digits"),
+    "almost Llama 3's words": (
+        lambda spec: (
+            byte_level(spec, use_regex=False),
+            wrap(spec, LLAMA_3 | {"pattern": {"Regex": gguf_export.LLAMA_3_WORDS.replace("{1,3}", "{1,4}")}}),
+            spec["model"].update(ignore_merges=True),
+        ),
+        "cuts text by Split, ByteLevel",
+    ),
+    "Llama 3's words with merges": (
+        lambda spec: (byte_level(spec, use_regex=False), wrap(spec, LLAMA_3)),
+        "cuts text by Split, ByteLevel",
+    ),
+    "a token that strips": (
+        lambda spec: spec["added_tokens"][2].update(lstrip=True),
+        "token '</s>' has lstrip, which llama.cpp does not do",
+    ),
+    "dropout": (lambda spec: spec["model"].update(dropout=0.1), "has dropout 0.1, which llama.cpp does not do"),
+    "end of word": (lambda spec: spec["model"].update(end_of_word_suffix="</w>"), "has end_of_word_suffix '</w>'"),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused_by_what_it_does(case, tmp_path, monkeypatch):
+    change, expected = TOKENIZERS[case]
+    model_path = save_tiny_model(tmp_path / "model")
+    spec = json.loads((model_path / "tokenizer.json").read_text())
+    change(spec)
+    (model_path / "tokenizer.json").write_text(json.dumps(spec))
+    message = stop_message(monkeypatch, "--model_path", model_path, "--gguf", "f16", "--output", tmp_path / "out")
+    assert message.startswith("error: --gguf f16: its tokenizer") and expected in message
+    assert not (tmp_path / "out").exists()
+
+
+def make_sentencepiece(normalizer, pre_tokenizer=None):
+    vocab = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ab"]
+    model = models.BPE({token: i for i, token in enumerate(vocab)}, [("a", "b")], byte_fallback=True, unk_token="<unk>")
+    backend = Tokenizer(model)
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    if pre_tokenizer is not None:
+        backend.pre_tokenizer = pre_tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+SPACES = normalizers.Replace(" ", "▁")
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "pre_tokenizer", "expected"),
+    [
+        (normalizers.Sequence([normalizers.Prepend("▁"), SPACES]), None, True),
+        (SPACES, None, False),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="always", split=False), True),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="never", split=False), False),
+        (normalizers.Sequence([normalizers.NFKC(), SPACES]), None, "by Sequence|by NFKC, Replace"),
+        (normalizers.Sequence([normalizers.Lowercase(), normalizers.Prepend("▁"), SPACES]), None, "by Lowercase"),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="always", split=True), "by Metaspace"),
+        (None, None, "by nothing"),
+    ],
+)
+def test_what_sentencepiece_does_to_spaces_is_known_or_refused(normalizer, pre_tokenizer, expected):
+    tokenizer = make_sentencepiece(normalizer, pre_tokenizer)
+    if isinstance(expected, bool):
+        assert gguf_export.describe_tokenizer(tokenizer, 300).space_prefix is expected
+        return
+    with pytest.raises(ValueError, match=expected):
+        gguf_export.describe_tokenizer(tokenizer, 300)
+
+
 def test_what_cannot_be_merged_is_refused_with_the_reason(tiny_model, tmp_path, monkeypatch, capsys):
     """One message each, and nothing is written."""
     virtual = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
@@ -259,8 +574,6 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(tiny_model, tmp_path, 
     message = stop_message(monkeypatch, "--model_path", other, "--gguf", "f16", "--output", tmp_path / "out")
     assert "only LlamaForCausalLM is written, and this is MistralForCausalLM" in message
 
-    save_adapter(tiny_model, tmp_path / "dora", use_dora=True)
-    assert "it uses use_dora" in stop_message(monkeypatch, *flags[2:], "--peft_path", tmp_path / "dora")
     save_adapter(tiny_model, tmp_path / "untrained", init_lora_weights=True)
     run(monkeypatch, "--peft_path", tmp_path / "untrained", "--output", tmp_path / "same")
     assert "was never trained: all its B matrices are zero" in capsys.readouterr().err

@@ -25,6 +25,8 @@ import math
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -430,14 +432,18 @@ def can_share_prompt(model, questions: list[dict]) -> bool:
     except (ValueError, TypeError, RuntimeError):  # a model that takes no mask for each pair of tokens
         return False
     apart = score_apart(model, longest)
-    tolerance = 1e-4
-    if model.dtype in (torch.bfloat16, torch.float16):
-        tolerance = 2e-2
     for option, expected in zip(together, apart, strict=True):
         difference = (torch.tensor(option) - torch.tensor(expected)).abs().max()
-        if not difference <= tolerance * torch.tensor(expected).abs().max():
+        if not difference <= tolerance_of(model) * torch.tensor(expected).abs().max():
             return False
     return True
+
+
+def tolerance_of(model) -> float:
+    """How far two ways to compute the same score may be apart, relative to it."""
+    if model.dtype in (torch.bfloat16, torch.float16):
+        return 2e-2
+    return 1e-4
 
 
 def num_tokens_of(question: dict) -> int:
@@ -564,29 +570,60 @@ def mcnemar(right_a: list[bool], right_b: list[bool]) -> dict:
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def join_rows(model, rows: list[dict], vocab_size: int) -> bool:
-    """Whether the rows of a batch are joined into one, as in training; else they are padded, as for virtual tokens.
+@contextmanager
+def attention_of_training(model, rows: list[dict[str, torch.Tensor]], vocab_size: int) -> Iterator[bool]:
+    """Gives the model the attention that it has in training, for as long as the block runs.
 
-    Gives the model the attention that training has, if it can have it.
+    Yields whether the rows of a batch are joined into one, as in training; else they are padded. The two longest rows,
+    joined, must have the loss that their documents have alone.
 
     Raises:
         ValueError: the set is packed, so a row holds several documents, and this model would let them leak.
     """
     if has_virtual_tokens(model):
-        return False
+        yield False
+        return
     base = model
     if isinstance(model, PeftModel):
         base = model.get_base_model()
     own_attention = base.config._attn_implementation
+    reason = why_rows_cannot_be_joined(model, base, rows, vocab_size)
+    if reason is not None:
+        base.set_attn_implementation(own_attention)
+        if "position_ids" in rows[0]:
+            raise ValueError(f"its rows hold several documents, and {reason}; tokenize with --packing False")
+    try:
+        yield reason is None
+    finally:
+        base.set_attn_implementation(own_attention)
+
+
+def why_rows_cannot_be_joined(model, base, rows: list[dict[str, torch.Tensor]], vocab_size: int) -> str | None:
+    """None if they can; leaves the attention of training in the model."""
+    longest = sorted(rows, key=lambda row: len(row["input_ids"]))[-2:]
+    documents = []
+    for row in longest:
+        documents += split_documents(row)
+    expected = sum(score_targets(model, [document], joined=False)[0] for document in documents)
     data_collator.attend_inside_documents(base)
     try:
         data_collator.check_document_attention(model, vocab_size)
-    except (ValueError, TypeError) as problem:
-        base.set_attn_implementation(own_attention)
-        if "position_ids" in rows[0]:
-            raise ValueError(f"its rows hold several documents, and {loading.first_line(problem)}") from None
-        return False
-    return True
+        found = score_targets(model, longest, joined=True)[0]
+    except (ValueError, TypeError, RuntimeError) as problem:  # a model that takes no joined rows at all
+        return loading.first_line(problem)
+    if not math.isclose(found, expected, rel_tol=tolerance_of(model)):
+        return "this model computes something else for documents in one row"
+    return None
+
+
+def split_documents(row: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """The documents of a packed row as rows of their own, without position_ids."""
+    if "position_ids" not in row:
+        return [row]
+    starts = torch.nonzero(row["position_ids"] == 0).flatten()
+    lengths = starts.diff(append=torch.tensor([len(row["input_ids"])])).tolist()
+    pairs = zip(row["input_ids"].split(lengths), row["labels"].split(lengths), strict=True)
+    return [{"input_ids": input_ids, "labels": labels} for input_ids, labels in pairs]
 
 
 @torch.no_grad()
@@ -633,42 +670,30 @@ def count_bytes(ids: list[int], tokenizer) -> int:
     return len(whole.encode()) - len(first.encode())
 
 
-def cut_at_zeros(row: dict) -> list[list[int]]:
-    """The ids of each document of a row; in a packed one, position_ids restart at 0 for each."""
-    ids = row["input_ids"]
-    position_ids = row.get("position_ids", [0])
-    starts = [i for i, position in enumerate(position_ids) if position == 0]
-    documents = []
-    for number, start in enumerate(starts):
-        end = len(ids)
-        if number + 1 < len(starts):
-            end = starts[number + 1]
-        documents.append(ids[start:end])
-    return documents
-
-
 def evaluate_targets(model, data: TestSet, args: Arguments) -> dict:
     """Loss and accuracy per target token; of documents also perplexity and bits per byte."""
     rows = []
     num_bytes = 0
     for row in data.rows:
-        if data.kind == "text":
-            for document in cut_at_zeros(row):
-                num_bytes += count_bytes(document, data.tokenizer)
-        if "labels" in row:
-            rows.append({name: torch.tensor(ids) for name, ids in row.items()})
-        else:
+        if "labels" not in row:
             rows += cut_document(row["input_ids"], args.window)
-    joined = join_rows(model, rows, model.config.vocab_size)
+            num_bytes += count_bytes(row["input_ids"], data.tokenizer)
+            continue
+        row = {name: torch.tensor(ids) for name, ids in row.items()}
+        rows.append(row)
+        if data.kind == "text":
+            for document in split_documents(row):
+                num_bytes += count_bytes(document["input_ids"].tolist(), data.tokenizer)
     total_loss = 0.0
     num_likeliest = 0
     num_targets = 0
     batch_size = args.per_device_eval_batch_size
-    for start in tqdm(range(0, len(rows), batch_size), desc="evaluating", unit="batch"):
-        loss, likeliest, targets = score_targets(model, rows[start : start + batch_size], joined)
-        total_loss += loss
-        num_likeliest += likeliest
-        num_targets += targets
+    with attention_of_training(model, rows, model.config.vocab_size) as joined:
+        for start in tqdm(range(0, len(rows), batch_size), desc="evaluating", unit="batch"):
+            loss, likeliest, targets = score_targets(model, rows[start : start + batch_size], joined)
+            total_loss += loss
+            num_likeliest += likeliest
+            num_targets += targets
     result = {
         "num_rows": len(data.rows),
         "num_targets": num_targets,

@@ -11,6 +11,7 @@ Every answer that is no is a ValueError of one line. Code that a model brings al
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -441,15 +442,17 @@ def read_adapter(folder: str) -> Adapter:
     for file in path.iterdir():
         if file.is_file():
             check_lfs_pointer(file)
-    with ask_library("adapter_config.json is damaged or of a newer PEFT"):
+    with ask_library("adapter_config.json is damaged"):
         settings = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        config = peft.PeftConfig.from_pretrained(folder)
-        config.peft_type  # noqa: B018, a file that does not name its type has none
     init = settings.get("init_lora_weights", True)
     if init not in INITS_THAT_KEEP_THE_BASE:
         raise ValueError(f"it was made with init_lora_weights {init}, which changes the weights of the base, so it "
                          "does not belong to the original; save it as a plain LoRA with PEFT's "
                          "save_pretrained(..., path_initial_model_for_weight_conversion=...)")  # fmt: skip
+    with ask_library("adapter_config.json is damaged or of a newer PEFT"):
+        config = peft.PeftConfig.from_pretrained(folder)
+        if config.peft_type is None:
+            raise ValueError("it does not name a peft_type")
     shapes, is_untrained = read_adapter_tensors(path)
     return Adapter(path, config, settings, settings.get("base_model_name_or_path") or None, shapes, is_untrained)
 
@@ -470,11 +473,19 @@ def read_adapter_tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], bool
     shapes = {name: tuple(tensor["shape"]) for name, tensor in read_header(path).items()}
     if not shapes:
         raise ValueError("its adapter_model.safetensors holds no tensor; save the adapter again")
-    # B starts as zeros, and of an embedding's two matrices A does: as long as they are zero, B @ A is.
-    zero_at_first = [name for name in shapes if "lora_B" in name or "lora_embedding_A" in name]
+    return shapes, changes_nothing(path, shapes)
+
+
+def changes_nothing(path: Path, names) -> bool:
+    """Whether a LoRA is still as it was made: B starts as zeros, and of an embedding's two matrices A does."""
+    zero_at_first = []
+    for name in names:
+        if re.search(r"\.(lora_B\.weight|lora_embedding_A)$", name):
+            zero_at_first.append(name)
+        elif not re.search(r"\.(lora_A\.weight|lora_embedding_B|base_layer\.weight)$", name):
+            return False  # something else was trained, too
     with safe_open(path, "pt") as tensors:
-        is_untrained = bool(zero_at_first) and not any(tensors.get_tensor(name).any() for name in zero_at_first)
-    return shapes, is_untrained
+        return not any(tensors.get_tensor(name).any() for name in zero_at_first)
 
 
 def find_base(adapter: Adapter) -> str:
@@ -520,7 +531,7 @@ def check_adapter(adapter: Adapter, model_path: str, skeleton: transformers.PreT
     if missing:
         raise ValueError(f"it lacks {list_names(missing)} for --model_path {model_path}; {trained_on}")
     check_vocabulary(adapter, model_path, trained_on)
-    if adapter.base not in (None, model_path):
+    if adapter.base is not None and Path(adapter.base).absolute() != Path(model_path).absolute():
         print(f"note: {adapter.folder} was trained on {adapter.base}; it fits {model_path}", file=sys.stderr)
     if adapter.is_untrained:
         print(f"warning: {adapter.folder} was never trained: all its B matrices are zero, so it changes nothing",
@@ -580,15 +591,22 @@ def adapter_shapes(adapter: Adapter, skeleton: transformers.PreTrainedModel) -> 
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def base_copies(skeleton: transformers.PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """What else PEFT may write: the base's own embedding and head, which the adapter had as targets or resized."""
+def base_copies(adapted: transformers.PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """What else PEFT may write: the base's own weights of layers that had an adapter or more tokens.
+
+    Args:
+        adapted: the skeleton with the adapter on it. PEFT puts a layer that it changes into one of its own, and the
+            file may have the layer under its name with and without that.
+    """
+    wrappers = ("", ".base_layer", ".original_module", ".modules_to_save")
     copies = {}
-    for module_name, module in skeleton.named_modules():
+    for module_name, module in adapted.named_modules():
+        plain = module_name.removesuffix(".default")
+        for wrapper in wrappers:
+            plain = plain.removesuffix(wrapper)
         for name, parameter in module.named_parameters(recurse=False):
-            # PEFT puts the layer that has an adapter into base_layer; the file may have it under both names.
-            plain = module_name.removesuffix(".base_layer")
-            copies[f"{PEFT_PREFIX}{plain}.{name}"] = tuple(parameter.shape)
-            copies[f"{PEFT_PREFIX}{plain}.base_layer.{name}"] = tuple(parameter.shape)
+            for wrapper in wrappers:
+                copies[f"{PEFT_PREFIX}{plain}{wrapper}.{name}"] = tuple(parameter.shape)
     return copies
 
 

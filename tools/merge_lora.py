@@ -99,10 +99,10 @@ class Job:
 
 @dataclass
 class TiedWeight:
-    """Embedding and head of a base whose files have one weight for both."""
+    """Embedding and head of a base that has one weight for both."""
 
     name: str  # in the base's files
-    other: str  # the one of the two that the files do not have
+    other: str | None  # the one of the two that the files do not have, if they do not have both
     copy: str | None  # the base's own weight, perhaps with more rows, in the adapter's file: its name there
     becomes_two: bool  # the adapter changes only one of the two, or each in its way
 
@@ -186,7 +186,7 @@ def check_settings(adapter: Adapter) -> None:
 
 
 def read_changes(job: Job) -> None:
-    """Finds out what the adapter does to each weight of the base; fills in deltas, whole and untied of the job.
+    """Finds out what the adapter does to each weight of the base; fills in deltas, whole and tied of the job.
 
     loading.check_adapter has compared all names and shapes already.
 
@@ -201,6 +201,8 @@ def read_changes(job: Job) -> None:
             name = key.removeprefix(PEFT_PREFIX)
             if name.endswith((".lora_B.weight", ".lora_embedding_B")):
                 continue  # read with its A
+            if ".modules_to_save." in name or ".original_module." in name:
+                continue  # PEFT's second copy of a trained layer, and what it was before
             if name.endswith((".lora_A.weight", ".lora_embedding_A")):
                 module = re.sub(r"\.lora_(embedding_)?A(\.weight)?$", "", name)
                 weight = f"{module}.weight"
@@ -247,8 +249,7 @@ def read_names(shards: list[Path]) -> set[str]:
 def find_tied_weight(job: Job, skeleton, file_names: set[str]) -> TiedWeight | None:
     """Finds out what the adapter does to a weight that is both embedding and head; None if the base has two.
 
-    An adapter on one of them leaves the other as it was. A copy of the base's weight that PEFT saved along is for both,
-    so it is taken out of job.whole.
+    An adapter on one of them leaves the other as it was. A copy of the base's weight that PEFT saved along is for both.
     """
     if not job.source.config.tie_word_embeddings:
         return None
@@ -260,15 +261,16 @@ def find_tied_weight(job: Job, skeleton, file_names: set[str]) -> TiedWeight | N
     if find_in_files(embedding, skeleton, file_names) is None:
         name = head
         other = embedding
-    if find_in_files(other, skeleton, file_names) is not None:
-        return None  # the files have both
+    has_both = find_in_files(other, skeleton, file_names) is not None
     tied = TiedWeight(find_in_files(name, skeleton, file_names), other, None, False)
+    if has_both:
+        tied.other = None
     trained = tuple(job.source.adapter.config.modules_to_save or ())
     for weight in (embedding, head):
         is_trained = bool(trained) and weight.removesuffix(".weight").endswith(trained)
         if weight in job.deltas or (weight in job.whole and is_trained):
             tied.becomes_two = True
-        if weight in job.whole and not is_trained:
+        if weight in job.whole and not is_trained and not has_both:
             tied.copy = job.whole.pop(weight)
     return tied
 
@@ -297,7 +299,7 @@ def check_gguf(job: Job) -> None:
     """Raises ValueError if llama.cpp would run something else than the merged model."""
     config = job.source.config
     names = read_names(job.shards)
-    if job.tied is not None and job.tied.becomes_two:
+    if job.tied is not None and job.tied.becomes_two and job.tied.other is not None:
         names.add(job.tied.other)
     gguf_export.check_model(config, names)
     gguf_export.describe_tokenizer(job.source.tokenizer, config.vocab_size)
@@ -336,7 +338,7 @@ def merge_tensor(job: Job, name: str, tensor: torch.Tensor, adapter_file) -> dic
     if job.tied is not None and name == job.tied.name:
         if job.tied.copy is not None:
             tensor = adapter_file.get_tensor(job.tied.copy)
-        if job.tied.becomes_two:
+        if job.tied.becomes_two and job.tied.other is not None:
             names.append(job.tied.other)
     merged = {}
     for merged_name in names:

@@ -184,7 +184,7 @@ class TokenizedDataset(Dataset):
             index: counted over all folders.
             num_pass: how often the row was drawn before; it matters for passages only.
         """
-        folder, row, taken = self._locate(index, num_pass)
+        folder, row, taken = self.locate(index, num_pass)
         tensors = {}
         for name, column in folder.columns.items():
             tensors[name] = torch.from_numpy(column[row].values[taken].to_numpy().astype(np.int64))
@@ -196,10 +196,10 @@ class TokenizedDataset(Dataset):
 
     def num_tokens(self, index: int) -> int:
         """Tokens of a row or passage, which has the same length in each pass."""
-        folder, row, taken = self._locate(index, 0)
+        folder, row, taken = self.locate(index, 0)
         return len(folder.columns["input_ids"][row].values[taken])
 
-    def _locate(self, index: int, num_pass: int) -> tuple[TokenizedFolder, int, slice]:
+    def locate(self, index: int, num_pass: int) -> tuple[TokenizedFolder, int, slice]:
         """The folder of a row, the row's number in it, and what is taken of the row."""
         folder_number = bisect_right(self.first_rows, index) - 1
         folder = self.folders[folder_number]
@@ -221,7 +221,7 @@ def vocabulary_hash(tokenizer) -> str:
 # -------------------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def permutation(size: int, *seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(size)
 
@@ -266,7 +266,7 @@ class TrainingRows(Dataset):
         return self.num_steps * self.rows_per_step
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        place = self._locate(i)
+        place = self.locate(i)
         if place is None:
             return filler_row(self.dataset.packed)
         index, num_pass = place
@@ -280,12 +280,12 @@ class TrainingRows(Dataset):
         """The tokens of an optimizer step, counted from 0, without those that complete it."""
         total = 0
         for i in range(step * self.rows_per_step, (step + 1) * self.rows_per_step):
-            place = self._locate(i)
+            place = self.locate(i)
             if place is not None:
                 total += self.dataset.num_tokens(place[0])
         return total
 
-    def _locate(self, i: int) -> tuple[int, int] | None:
+    def locate(self, i: int) -> tuple[int, int] | None:
         """(index in the dataset, how often that row was drawn before), or None for a row that completes a step."""
         epoch, place = divmod(i, self.steps_per_epoch * self.rows_per_step)
         if place >= self.rows_per_epoch:
@@ -446,16 +446,18 @@ def document_attention(
     query = query.to(value.dtype)
     key = key.to(value.dtype)
     cu_seq_lens_q = cu_seq_lens_q.flatten()  # the pipeline passes [1, documents + 1]
-    if has_varlen_kernel(query, dropout):
+    if has_varlen_kernel(query, value, dropout):
         return varlen_attention(query, key, value, scaling, cu_seq_lens_q, max_length_q, sliding_window), None
     return one_document_after_the_other(query, key, value, scaling, dropout, cu_seq_lens_q, sliding_window), None
 
 
-def has_varlen_kernel(query: torch.Tensor, dropout: float) -> bool:
+def has_varlen_kernel(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
     """Whether PyTorch's variable-length kernel can compute this: 16 bit, an Ampere GPU or a newer one, no dropout."""
     if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16) or dropout > 0:
         return False
     head_size = query.shape[-1]
+    if value.shape[-1] != head_size:  # DeepSeek's latent attention
+        return False
     return head_size % 8 == 0 and head_size <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 

@@ -697,6 +697,7 @@ def find_damage(checkpoint: Path) -> str | None:
 def set_former_run_aside(output_dir: Path, checkpoint: Path | None) -> None:
     """Renames a folder that holds a run, unless that run is resumed from `checkpoint`: a new run would overwrite it."""
     if checkpoint is not None:
+        shutil.rmtree(output_dir / ".deleting", ignore_errors=True)  # what a kill left of an older checkpoint
         (output_dir / "run.json").unlink(missing_ok=True)  # it is written again when the resumed run has finished
         return
     if list_checkpoints(output_dir) or (output_dir / "run.json").is_file():

@@ -149,6 +149,26 @@ def test_a_checkpoint_of_the_same_step_is_replaced(args, settings):
     assert names(args.output_dir) == ["checkpoint-3"]
 
 
+def test_a_damaged_checkpoint_is_not_one_of_those_that_are_kept(args, settings):
+    """A run went on from 20, because 100 was damaged: its checkpoint of step 30 is not deleted as the older of two."""
+    args = replace(args, save_total_limit=1)
+    save_checkpoint(args, settings, 20)
+    (save_checkpoint(replace(args, save_total_limit=2), settings, 100) / "model.safetensors").unlink()
+    save_checkpoint(args, settings, 30)
+    assert names(args.output_dir) == ["checkpoint-100", "checkpoint-30"]
+    save_checkpoint(args, settings, 100)
+    assert names(args.output_dir) == ["checkpoint-100"]
+
+
+def test_what_a_kill_left_of_a_deleted_checkpoint_goes_when_the_run_goes_on(args, settings):
+    checkpoint = save_checkpoint(args, settings, 20)
+    output_dir = Path(args.output_dir)
+    (output_dir / ".deleting").mkdir()
+    (output_dir / ".deleting" / "model.safetensors").write_bytes(b"half")
+    set_former_run_aside(output_dir, checkpoint)
+    assert sorted(os.listdir(output_dir)) == [".writing", "checkpoint-20"]
+
+
 def test_the_newest_checkpoints_are_kept(args, settings):
     args = replace(args, save_total_limit=2)
     for step in (8, 9, 10, 11):
@@ -285,6 +305,24 @@ def test_damaged_settings_are_damage_and_not_a_crash(args, settings, content):
     (newer / "settings.json").write_bytes(content)
     assert find_damage(newer) == "its settings.json is damaged"
     assert find_checkpoint("True", args.output_dir, settings) == older
+
+
+def test_no_flipped_bit_of_the_settings_is_a_crash(args, settings, capsys):
+    """It is damage, or other settings, or nothing that matters."""
+    older = save_checkpoint(args, settings, 20)
+    newer = save_checkpoint(args, settings, 100)
+    path = newer / "settings.json"
+    content = path.read_bytes()
+    num_older = 0
+    for position in range(len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        try:
+            num_older += find_checkpoint("True", args.output_dir, settings) == older
+        except ValueError as problem:
+            assert "belongs to a run with" in str(problem)
+    assert num_older > len(content) // 4
 
 
 @pytest.mark.parametrize(

@@ -696,10 +696,21 @@ MODELS = {
         sizes(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
         "documents",
     ),
+    "llama4, every other layer in chunks": (
+        transformers.Llama4TextConfig,
+        sizes(
+            head_dim=8,
+            attention_chunk_size=4,
+            layer_types=["chunked_attention", "full_attention"],
+            num_local_experts=2,
+            intermediate_size_mlp=32,
+        ),
+        "sdpa",  # the chunks stand in transformers' mask alone
+    ),
     "gemma2, softcap": (transformers.Gemma2Config, sizes(head_dim=8), "eager"),
     "bloom, alibi": (transformers.BloomConfig, {"vocab_size": 64, "hidden_size": 32, "n_layer": 2}, "eager"),
 }
-EXPERTS = ("mixtral", "qwen3 moe")  # their products know no float64
+EXPERTS = ("mixtral", "qwen3 moe", "llama4, every other layer in chunks")  # their products know no float64
 
 
 def make_model(name: str, std: float = 0.3):
@@ -737,6 +748,25 @@ def test_attention_inside_documents_is_what_the_mask_gives_in_every_kind_of_mode
     if name in EXPERTS:
         tolerance = 1e-5
     assert_same(loss_and_gradients(model, [batch]), expected, tolerance)
+
+
+def test_a_model_that_does_not_pass_the_borders_on_goes_back_to_transformers_own_attention(capsys):
+    """Nemotron's layers call their attention without what the model was called with."""
+    torch.manual_seed(0)
+    config = transformers.NemotronConfig(**sizes(), pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).eval().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    batch = collate("padding-free", make_documents(vocab_size=64))
+    expected = loss_and_gradients(model, [batch])
+    attend_inside_documents(model)
+    with pytest.raises(ValueError, match="needs padding-free batches with cu_seq_lens_q"):
+        loss_and_gradients(model, [batch])
+    check_document_attention(model, 64)
+    assert "do not pass the borders of documents on" in capsys.readouterr().out
+    assert model.config._attn_implementation == "sdpa"
+    assert_same(loss_and_gradients(model, [batch]), expected, 1e-10)
 
 
 @pytest.mark.parametrize("form", PADDED_FORMS)
@@ -827,7 +857,7 @@ def varlen_attn_of_torch_2_11(
 
 @pytest.fixture
 def has_varlen_kernel(monkeypatch):
-    monkeypatch.setattr(data_collator, "has_varlen_kernel", lambda query, dropout: True)
+    monkeypatch.setattr(data_collator, "has_varlen_kernel", lambda query, value, dropout: True)
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
 
 
@@ -848,7 +878,7 @@ def test_one_kernel_for_all_documents_gives_what_one_after_the_other_gives(name,
         return kernel(*arguments, **options)
 
     counted.__signature__ = inspect.signature(kernel)  # which is asked for enable_gqa
-    monkeypatch.setattr(data_collator, "has_varlen_kernel", lambda query, dropout: True)
+    monkeypatch.setattr(data_collator, "has_varlen_kernel", lambda query, value, dropout: True)
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", counted)
     tolerance = 1e-10
     if name in EXPERTS:
@@ -882,7 +912,7 @@ class Synchronisations(TorchDispatchMode):
 
 @pytest.mark.parametrize("loss", ["plain loop", "loss head"])
 def test_nothing_in_the_model_waits_for_the_gpu(tiny_model, loss, monkeypatch):
-    monkeypatch.setattr(data_collator, "has_varlen_kernel", lambda query, dropout: True)
+    monkeypatch.setattr(data_collator, "has_varlen_kernel", lambda query, value, dropout: True)
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda query, *_, **__: query.clone())
     model = load(tiny_model)
     compute_loss = finetune_pp.loss_in_chunks
@@ -910,7 +940,7 @@ def test_attention_never_looks_at_a_value(tiny_model, monkeypatch):
         del batch[name]
     with pytest.raises((RuntimeError, NotImplementedError)):  # one document after the other needs the lengths
         model.get_decoder()(**batch, use_cache=False)
-    monkeypatch.setattr(data_collator, "has_varlen_kernel", lambda query, dropout: True)
+    monkeypatch.setattr(data_collator, "has_varlen_kernel", lambda query, value, dropout: True)
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda query, *_, **__: query.clone())
     model.get_decoder()(**batch, use_cache=False).last_hidden_state.sum().backward()
 
@@ -960,7 +990,7 @@ def test_on_a_gpu_one_graph_serves_all_layers_and_batches_of_all_lengths(tiny_mo
         return opaque_attention(query, cu_seq_q, max_q)
 
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(data_collator, "has_varlen_kernel", lambda query, dropout: True)
+    monkeypatch.setattr(data_collator, "has_varlen_kernel", lambda query, value, dropout: True)
     torch.compiler.reset()
     counters.clear()
     model = load(tiny_model, "sdpa")
@@ -1280,6 +1310,15 @@ def test_only_models_whose_logits_go_straight_into_the_loss_compute_it_in_chunks
             head = None
     found = loss_and_gradients(model, [batch], lambda model, batch: summed_loss(model, batch, head))
     assert_same(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("model_type", [name for name, is_plain in PLAIN_LOGITS.items() if not is_plain])
+@pytest.mark.parametrize("std", [0.002, 0.02])
+def test_logits_so_small_that_a_cap_hardly_moves_them_are_not_taken_for_plain(model_type, std):
+    """A model that starts from nothing has such logits, and training makes them larger."""
+    model = make_model_of_type(model_type, std)
+    rows = SimpleNamespace(dataset=SimpleNamespace(packed=False))
+    assert finetune_pp.choose_loss(finetune_pp.Arguments(), model, rows) is finetune_pp.loss_of_model
 
 
 def test_asking_a_model_leaves_it_as_it_was(tiny_model):

@@ -40,8 +40,8 @@ def test_the_share_is_that_of_the_passages_that_training_draws(papers, tmp_path)
     seen = [[np.zeros(length, bool) for length in lengths] for lengths in tokens]
     rows = TrainingRows(dataset, rows_per_step=1, num_train_epochs=3, max_steps=-1, seed=3)
     for i in range(len(rows)):
-        index, num_pass = rows._locate(i)
-        folder, row, taken = dataset._locate(index, num_pass)
+        index, num_pass = rows.locate(i)
+        folder, row, taken = dataset.locate(index, num_pass)
         assert torch.equal(rows[i]["input_ids"], dataset.read(index, num_pass)["input_ids"])
         seen[dataset.folders.index(folder)][row][taken] = True
         if (i + 1) % rows.rows_per_epoch == 0:

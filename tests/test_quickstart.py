@@ -126,7 +126,7 @@ def test_both_readmes_have_the_same_commands_flags_and_files():
 
 
 def test_the_readmes_show_the_strategies_as_they_were_measured():
-    """docs/strategies.md is what tools/benchmark.py wrote; its figures stand in both READMEs, strategy by strategy."""
+    """docs/strategies.md is what benchmarks/strategies.py wrote; its figures stand in both READMEs."""
     tables = [
         [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text if line.startswith("|")]
         for text in (

@@ -46,8 +46,8 @@ def draw_epoch(rows: TrainingRows, epoch: int, starts: dict[int, list[int]]) -> 
     """Adds to `starts` where each passage of an epoch begins, by the number of its row in the dataset."""
     first = epoch * rows.rows_per_epoch
     for i in range(first, first + rows.rows_per_epoch):  # one row a step, so that no row completes an epoch
-        index, num_pass = rows._locate(i)
-        _, _, taken = rows.dataset._locate(index, num_pass)
+        index, num_pass = rows.locate(i)
+        _, _, taken = rows.dataset.locate(index, num_pass)
         starts.setdefault(index, []).append(taken.start or 0)
 
 
@@ -56,7 +56,7 @@ def count_tokens(dataset: TokenizedDataset, starts: dict[int, list[int]]) -> tup
     seen = np.zeros(len(dataset.folders))
     expected = np.zeros(len(dataset.folders))
     for index, drawn in starts.items():
-        folder, row, _ = dataset._locate(index, 0)
+        folder, row, _ = dataset.locate(index, 0)
         number = dataset.folders.index(folder)
         document_length = len(folder.columns["input_ids"][row])
         length = document_length

@@ -15,11 +15,44 @@ find_python() {
   return 1
 }
 
-# Without an NVIDIA GPU the CPU build saves gigabytes; the PyTorch project's own index has it, plain PyPI may not.
+# The first number of the NVIDIA driver's version, such as 580; nothing without a GPU that works.
+driver_version() {
+  nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | grep -oE '^[0-9]+' | head -n 1 || true
+}
+
+# The build of PyTorch that the driver can run: cpu, cu126 or cu130. CUDA 13 needs driver 580, CUDA 12 driver 525:
+# https://docs.nvidia.com/deploy/cuda-compatibility
+torch_build() {
+  local driver
+  driver=$(driver_version)
+  if [ -z "$driver" ]; then
+    echo cpu
+  elif [ "$driver" -ge 580 ]; then
+    echo cu130
+  elif [ "$driver" -ge 525 ]; then
+    echo cu126
+  else
+    echo "warning: NVIDIA driver $driver is too old for PyTorch's CUDA 12, so the CPU build is installed;" \
+      "update the driver to 525 or newer, delete .venv, and start again to train on the GPU" >&2
+    echo cpu
+  fi
+}
+
+# The PyTorch project's own index has all builds; plain PyPI has the one for CUDA 13.
 install_torch() {
-  local torch index=https://download.pytorch.org/whl/cpu
+  local torch build index
   torch=$(grep '^torch==' requirements.txt)
-  if ! nvidia-smi >/dev/null 2>&1 &&
+  build=$(torch_build)
+  index=https://download.pytorch.org/whl/$build
+  log "PyTorch: $torch, build $build"
+  if [ "$build" = cu126 ]; then
+    .venv/bin/python -m pip install --index-url "$index" "$torch" && return
+    echo "error: NVIDIA driver $(driver_version) needs PyTorch's build for CUDA 12.6 from $index, which could not be" \
+      "installed; update the driver to 580 or newer, for which PyPI has a build, or install torch into .venv by hand" >&2
+    return 1
+  fi
+  # Without an NVIDIA GPU the CPU build saves gigabytes.
+  if [ "$build" = cpu ] &&
     .venv/bin/python -c "import urllib.request as u; u.urlopen('$index/', timeout=5)" 2>/dev/null &&
     .venv/bin/python -m pip install --index-url "$index" "$torch"; then
     return
@@ -48,8 +81,9 @@ install() {
   install_torch
   grep -v '^deepspeed==' requirements.txt >.venv/requirements.txt
   .venv/bin/python -m pip install -r .venv/requirements.txt
-  # DeepSpeed looks at the installed torch while it is built, so it comes last and without build isolation.
-  DS_BUILD_OPS=0 .venv/bin/python -m pip install --no-build-isolation "$(grep '^deepspeed==' requirements.txt)" ||
+  # DeepSpeed looks at the installed torch while it is built, so it comes last and without build isolation. Where there
+  # is a GPU it would also ask for nvcc, which PyTorch does not bring, although no operator is built here.
+  DS_BUILD_OPS=0 DS_IGNORE_CUDA_DETECTION=1 .venv/bin/python -m pip install --no-build-isolation "$(grep '^deepspeed==' requirements.txt)" ||
     echo "warning: DeepSpeed could not be installed; only finetune_pp_peft_trainer_deepspeed.py needs it" >&2
   if [ "$#" -gt 0 ]; then
     .venv/bin/python -m pip install -r "$1"

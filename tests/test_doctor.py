@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import sys
 from dataclasses import dataclass
 
@@ -119,6 +120,48 @@ def test_the_machine_that_runs_these_tests_passes(tmp_path):
     checks = doctor.check_versions() + doctor.check_limits() + doctor.check_disk(tmp_path / "a" / "b")
     assert "FAIL" not in levels(checks) and len(checks) >= 6
     assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """driver(version): a stand-in for nvidia-smi that lists two GPUs with it, or fails as without a driver."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def install(version: str | None) -> None:
+        text = f"#!/bin/sh\nprintf '{version}\\n{version}\\n'\n"
+        if version is None:
+            text = "#!/bin/sh\necho NVIDIA-SMI has failed because it could not communicate with the driver\nexit 9\n"
+        (tmp_path / "nvidia-smi").write_text(text)
+        (tmp_path / "nvidia-smi").chmod(0o755)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "words"),
+    [
+        ("550.54.15", "13.0", ("driver 550.54.15 is too old for CUDA 13", "whl/cu126")),
+        ("470.82.01", "13.0", ("driver 470.82.01 is too old for CUDA 12", "update it")),
+        ("550.54.15", None, ("build without CUDA", "whl/cu126")),
+        ("580.65.06", "13.0", ("CUDA_VISIBLE_DEVICES",)),
+        (None, "13.0", ("nvidia-smi does not answer", "--gpus all")),
+    ],
+)
+def test_gpus_that_cannot_be_used_are_named_with_driver_and_remedy(version, cuda, words, driver, tmp_path, monkeypatch):
+    """As where PyTorch's CUDA is newer than the driver: the driver's list has two GPUs, and CUDA does not start."""
+    driver(version)
+    (tmp_path / "nvidia0").touch()
+    (tmp_path / "nvidia1").touch()
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(doctor, "DEVICES", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for num_gpus in (0, 2):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda num_gpus=num_gpus: num_gpus)
+        (only,) = doctor.check_gpus()
+        assert only.level == "FAIL" and only.found.startswith(f"2 GPUs, driver {version or 'unknown'}, and PyTorch")
+        for word in words:
+            assert word in only.remedy
 
 
 def test_a_measured_machine_is_what_the_plan_reads(tmp_path):

@@ -236,6 +236,79 @@ def test_nodes_meet_at_the_first_one(launcher, told):
 
 
 # -------------------------------------------------------------------------------------------------------------------
+# The environment: which build of PyTorch is installed
+# -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def install_torch(tmp_path):
+    """install_torch(driver): what scripts/environment.sh has pip do where nvidia-smi shows this driver, or none."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "environment.sh", tmp_path / "scripts")
+    (tmp_path / "requirements.txt").write_text("torch==2.13.0\ntransformers==5.23.0\ndeepspeed==0.19.8\n")
+    stub = '#!/bin/sh\necho "$DS_BUILD_OPS $DS_IGNORE_CUDA_DETECTION $@" >>calls\n[ ! -f offline ] || exit 1\n'
+    for path, text in ((".venv/bin/python", stub), ("bin/nvidia-smi", "#!/bin/sh\ncat driver\n")):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(text)
+        (tmp_path / path).chmod(0o755)
+
+    def install(driver: str, function: str = "install_torch", is_offline: bool = False):
+        (tmp_path / "driver").write_text(driver)
+        (tmp_path / "calls").write_text("")
+        if is_offline:
+            (tmp_path / "offline").touch()
+        return subprocess.run(
+            ["bash", "-c", f"set -euo pipefail; source scripts/environment.sh; {function}"],
+            cwd=tmp_path,
+            env=clean_environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}"),
+            capture_output=True,
+            text=True,
+        )
+
+    install.calls = lambda: (tmp_path / "calls").read_text().splitlines()
+    install.folder = tmp_path
+    return install
+
+
+@pytest.mark.parametrize(
+    ("driver", "index"),
+    [
+        ("580.65.06\n580.65.06\n", None),  # PyPI's build
+        ("595.10\n", None),
+        ("570.124.06\n", "https://download.pytorch.org/whl/cu126"),
+        ("525.60.13\n", "https://download.pytorch.org/whl/cu126"),
+        ("470.82.01\n", "https://download.pytorch.org/whl/cpu"),
+        ("NVIDIA-SMI has failed because it could not communicate\n", "https://download.pytorch.org/whl/cpu"),
+    ],
+)
+def test_the_build_of_pytorch_fits_the_driver(driver, index, install_torch):
+    completed = install_torch(driver)
+    assert completed.returncode == 0, completed.stderr
+    last_words = install_torch.calls()[-1].split()
+    assert last_words[-1] == "torch==2.13.0"
+    if index is None:
+        assert "--index-url" not in last_words
+    else:
+        assert value_of(last_words, "--index-url") == index
+    assert ("too old" in completed.stderr) == driver.startswith("470")
+
+
+def test_an_old_driver_without_its_index_ends_with_the_remedy(install_torch):
+    """The build that PyPI has would be installed, three gigabytes, and could not run."""
+    completed = install_torch("550.54.15\n", is_offline=True)
+    assert completed.returncode != 0 and len(install_torch.calls()) == 1
+    assert "driver 550 needs PyTorch's build for CUDA 12.6" in completed.stderr and "update" in completed.stderr
+
+
+def test_deepspeed_is_installed_without_nvcc(install_torch):
+    """The stand-in for Python makes no .venv, so the one that is there stays."""
+    completed = install_torch("580.65.06\n", function="find_python() { echo true; }; install")
+    assert completed.returncode == 0, completed.stderr
+    of_deepspeed = [call for call in install_torch.calls() if call.endswith("deepspeed==0.19.8")]
+    assert len(of_deepspeed) == 1 and of_deepspeed[0].startswith("0 1 -m pip install --no-build-isolation")
+
+
+# -------------------------------------------------------------------------------------------------------------------
 # For real
 # -------------------------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 OK = "ok"
 NOTE = "note"
 FAIL = "FAIL"
+DEVICES = Path("/dev")  # the driver makes nvidia0, nvidia1 ... in it
 NUM_STEPS = 3  # of the rehearsal: gradients are looked at in two steps, and weights before the third
 
 
@@ -84,18 +85,49 @@ def list_drivers() -> list[str]:
     if program is None:
         return []
     query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.split()
+    completed = subprocess.run(query, capture_output=True, text=True)
+    if completed.returncode != 0:  # it prints why, and no version
+        return []
+    return completed.stdout.split()
+
+
+def explain_driver(drivers: list[str]) -> str:
+    """Why PyTorch cannot use GPUs that are there, as far as the driver tells, and what to do.
+
+    CUDA 13 needs driver 580, CUDA 12 driver 525: https://docs.nvidia.com/deploy/cuda-compatibility
+    """
+    import torch
+
+    release = torch.__version__.split("+")[0]
+    older_build = f"pip install --force-reinstall torch=={release} --index-url https://download.pytorch.org/whl/cu126"
+    if not drivers:
+        return "nvidia-smi does not answer: install the NVIDIA driver; in a container: docker run --gpus all"
+    number = int(drivers[0].split(".")[0])
+    if number < 525:
+        return f"driver {drivers[0]} is too old for CUDA 12: update it to 580 or newer"
+    if torch.version.cuda is None:
+        build = f"pip install --force-reinstall torch=={release}"
+        if number < 580:
+            build = older_build
+        return f"this is PyTorch's build without CUDA: {build}"
+    if torch.version.cuda.startswith("13") and number < 580:
+        return f"driver {drivers[0]} is too old for CUDA 13: update it to 580 or newer, or {older_build}"
+    return "look at CUDA_VISIBLE_DEVICES, and whether nvidia-smi shows an error or another process in exclusive mode"
 
 
 def check_gpus() -> list[Check]:
-    """CUDA, driver, NCCL and free memory of each GPU, or why PyTorch sees none; bf16."""
+    """CUDA, driver, NCCL and free memory of each GPU, or why PyTorch cannot use those that are there; bf16."""
     import torch
 
     drivers = list_drivers()
-    num_gpus = torch.cuda.device_count()
-    if num_gpus == 0 and drivers:
-        found = f"nvidia-smi lists {len(drivers)} GPUs, and PyTorch {torch.__version__} sees none"
-        return [Check(FAIL, found, "install a PyTorch built for CUDA, or a newer driver; look at CUDA_VISIBLE_DEVICES")]
+    num_gpus = torch.cuda.device_count()  # by the driver's own list, whether PyTorch can use them or not
+    num_there = max(num_gpus, len(drivers), len(list(DEVICES.glob("nvidia[0-9]*"))))
+    if num_there > 0 and not torch.cuda.is_available():
+        driver = "unknown"
+        if drivers:
+            driver = drivers[0]
+        found = f"{num_there} GPUs, driver {driver}, and PyTorch {torch.__version__} can use none"
+        return [Check(FAIL, found, explain_driver(drivers))]
     if num_gpus == 0:
         found = f"no GPU: training runs on the CPU, {os.cpu_count()} cores"
         checks = [Check(NOTE, found, "fine for the sample model")]

@@ -1,7 +1,8 @@
 """The one module that the training scripts share: what would be wrong in every strategy if it were wrong once.
 
 It holds five things, in this order:
-  1. the tokenized set: one folder, several folders mixed by weight, or whole documents to draw passages from
+  1. the tokenized set: one folder, the parts of a set, several sets mixed by weight, or whole documents to draw
+     passages from
   2. the rows in the order of training
   3. the collator, which makes a batch of rows
   4. attention inside documents
@@ -21,6 +22,7 @@ import json
 import math
 import re
 from bisect import bisect_right
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -39,29 +41,28 @@ TARGETS_PER_CHUNK = 512  # their logits over 49,152 ids in float32 take 0.1 GB
 # -------------------------------------------------------------------------------------------------------------------
 
 
-class TokenizedFolder:
-    """One folder that data_sample/tokenize_dataset.py wrote: rows with labels, or whole documents without.
+# What all parts of a set have in common: the input, and all that decides how a row becomes ids.
+SAME_IN_ALL_PARTS = ("format", "input_sha256", "max_length", "on_long", "packing", "train_on_prompt", "val_size",
+                     "seed", "template", "vocabulary_sha256", "tokenizer_fingerprint")  # fmt: skip
+# Stands in for transformers' function, so that the text of a chat template does not depend on the day.
+NO_DATE = "{% macro strftime_now(format) %}{{ format }}{% endmacro %}\n"
 
-    The Arrow files are memory-mapped, so opening a set of any size takes no memory. Arguments and errors are those of
-    TokenizedDataset.
+
+class TokenizedFolder:
+    """One set that data_sample/tokenize_dataset.py wrote: rows with labels, or whole documents without.
+
+    It is a folder, or all parts that `--shard` wrote, one behind the other. The Arrow files are memory-mapped, so
+    opening a set of any size takes no memory. Arguments and errors are those of TokenizedDataset.
     """
 
     def __init__(self, path: str | Path, config=None, tokenizer=None):
-        from datasets import load_from_disk  # takes a second to import, and the collator alone does not need it
-
-        if not Path(path).is_dir():
-            raise FileNotFoundError("no such folder; make it with python data_sample/tokenize_dataset.py")
-        ledger = Path(path) / "ledger.json"
-        if not ledger.is_file():
-            raise FileNotFoundError("no ledger.json in it: not a tokenized set, or one that was not finished; make it "
-                                    "with python data_sample/tokenize_dataset.py")  # fmt: skip
-        self.ledger = json.loads(ledger.read_text(encoding="utf-8"))
-        if not any(Path(path).glob("*.arrow")):  # load_from_disk fails on a set that was saved without rows
+        parts = find_parts(str(path))
+        self.ledger = read_ledgers(parts)
+        dataset = load_parts(parts)
+        if dataset is None or len(dataset) == 0:
             raise ValueError("it has no rows; its ledger.json says why each input row was dropped")
-        table = load_from_disk(str(path)).data
+        table = dataset.data
         self.num_rows = len(table)
-        if self.num_rows == 0:
-            raise ValueError("it has no rows; its ledger.json says why each input row was dropped")
         if "input_ids" not in table.column_names:
             raise ValueError(f"no column input_ids (columns: {', '.join(table.column_names)}); make it with "
                              "python data_sample/tokenize_dataset.py")  # fmt: skip
@@ -81,6 +82,11 @@ class TokenizedFolder:
         is_same = tokenizer is not None and known_hash == vocabulary_hash(tokenizer)
         if tokenizer is not None and known_hash and not is_same:
             raise ValueError("it was made with another tokenizer; tokenize again with --tokenizer_path MODEL")
+        if tokenizer is not None:
+            difference = find_difference(self.ledger, tokenizer)
+            if difference:
+                raise ValueError(f"it was made with a tokenizer that behaves otherwise: {difference}; tokenize again "
+                                 "with --tokenizer_path MODEL")  # fmt: skip
         if config is None:
             return
         if is_same and max(tokenizer.get_vocab().values()) < config.vocab_size:
@@ -95,6 +101,112 @@ class TokenizedFolder:
                                      f"{config.vocab_size}; tokenize again with --tokenizer_path MODEL")  # fmt: skip
 
 
+def find_parts(path: str) -> list[str]:
+    """The folder, or the parts out-1-of-4 to out-4-of-4 if `path` is out or out-*-of-4.
+
+    Raises:
+        FileNotFoundError: there is neither, or a part is missing.
+        ValueError: there are parts of several sets.
+    """
+    if Path(path).is_dir():
+        return [path]
+    name, _, wanted = path.partition("-*-of-")
+    numbers = {}  # of the parts that are there, for each number of parts
+    if Path(name).parent.is_dir():
+        for folder in Path(name).parent.iterdir():
+            match = re.fullmatch(re.escape(Path(name).name) + r"-(\d+)-of-(\d+)", folder.name)
+            if match and wanted in ("", "*", match[2]):
+                numbers.setdefault(int(match[2]), []).append(int(match[1]))
+    if not numbers:
+        raise FileNotFoundError("no such folder; make it with python data_sample/tokenize_dataset.py")
+    if len(numbers) > 1:
+        raise ValueError(f"there are parts of {' and of '.join(map(str, sorted(numbers)))}; name one set, such as "
+                         f"{name}-*-of-{max(numbers)}")  # fmt: skip
+    (num_parts,) = numbers
+    for number in range(1, num_parts + 1):
+        if number not in numbers[num_parts]:
+            raise FileNotFoundError(f"{name}-{number}-of-{num_parts} is missing; make it with python "
+                                    f"data_sample/tokenize_dataset.py --shard {number}/{num_parts}")  # fmt: skip
+    return [f"{name}-{number}-of-{num_parts}" for number in range(1, num_parts + 1)]
+
+
+def read_ledgers(parts: list[str]) -> dict:
+    """The ledger of a folder. Of several parts: what all their ledgers say, the targets of all, and each ledger.
+
+    Raises:
+        FileNotFoundError: a ledger is missing.
+        ValueError: the parts were not made in the same way.
+    """
+    ledgers = {}
+    for part in parts:
+        path = Path(part) / "ledger.json"
+        if not path.is_file():
+            raise FileNotFoundError("no ledger.json in it: not a tokenized set, or one that was not finished; make it "
+                                    "with python data_sample/tokenize_dataset.py")  # fmt: skip
+        ledgers[part] = json.loads(path.read_text(encoding="utf-8"))
+    first = ledgers[parts[0]]
+    if len(parts) == 1:
+        return first
+    common = {}
+    for name, value in first.items():
+        is_common = all(ledger.get(name) == value for ledger in ledgers.values())
+        if is_common:
+            common[name] = value
+        elif name in SAME_IN_ALL_PARTS:
+            raise ValueError(f"its parts differ in {name}, so they are not parts of one set; make all of them with the "
+                             "same flags, and with the same --date if the chat template writes one")  # fmt: skip
+    return {
+        **common,
+        "sha256": [ledger.get("sha256") for ledger in ledgers.values()],
+        "targets": sum(ledger.get("targets", 0) for ledger in ledgers.values()),
+        "parts": ledgers,
+    }
+
+
+def load_parts(parts: list[str]):
+    """The rows of all parts as one `datasets.Dataset`; None if there are none. By chance, a part may have no row."""
+    from datasets import concatenate_datasets, load_from_disk  # slow to import, and the collator does not need them
+
+    datasets = []
+    for part in parts:
+        if any(Path(part).glob("*.arrow")):  # load_from_disk fails on a set that was saved without rows
+            datasets.append(load_from_disk(part))
+    if not datasets:
+        return None
+    return concatenate_datasets(datasets)
+
+
+def find_difference(ledger: dict, tokenizer) -> str | None:
+    """How `tokenizer` behaves otherwise than the one that a set was made with; None if it does not.
+
+    Two tokenizers can have the same vocabulary and still differ in BOS, in the space before the first word, or in
+    the chat template. tokenize_dataset.py keeps a few texts with their ids in the ledger, and a conversation as the
+    chat template writes it.
+    """
+    known = ledger.get("tokenizer_fingerprint")
+    if known is None:
+        return None  # a set of a former version
+    for text, ids in known["texts"]:
+        found = tokenizer(text).input_ids
+        if found != ids:
+            return f"{text!r} is {ids} there and {found} here"
+    template = ledger.get("template", {})
+    if not template.get("chat") or template.get("format") == "text":
+        return None  # the set has no text of the chat template
+    if tokenizer.chat_template is None:
+        return "there it has a chat template, and here it has none"
+    text = tokenizer.get_chat_template()
+    if known["chat_template_sha256"] != hashlib.sha256(text.encode()).hexdigest():
+        return "its chat template is another one"
+    if known["rendered"] is not None:
+        rendered = tokenizer.apply_chat_template(
+            known["messages"], chat_template=NO_DATE + text, tokenize=False, add_generation_prompt=True
+        )
+        if rendered != known["rendered"]:
+            return f"its chat template writes {known['rendered']!r} there and {rendered!r} here"
+    return None
+
+
 def parse_mix(path: str) -> dict[str, float]:
     """Folders and weights of `medical:3,general:1`; without a weight it is 1."""
     if Path(path).is_dir():
@@ -107,11 +219,19 @@ def parse_mix(path: str) -> dict[str, float]:
         mix[match[1]] = float(match[2] or 1)
     if min(mix.values()) <= 0:
         raise ValueError("name each folder once, with a weight above 0, as in medical:3,general:1")
+    names = Counter(re.sub(r"-\d+-of-\d+$", "", name.rstrip("/")) for name in mix)
+    for name, count in names.items():
+        if count > 1:
+            # Mixed by weight, small parts would be repeated until they are as long as the first one.
+            raise ValueError(f"it mixes parts of one set; name the set, {name}, and all its parts are read as one")
     return mix
 
 
 class TokenizedDataset(Dataset):
-    """Rows of one tokenized folder, or of several mixed by weight.
+    """Rows of one tokenized set, or of several mixed by weight.
+
+    A set is a folder, or the parts that tokenize_dataset.py --shard 1/4 to 4/4 wrote: `out` stands for the folders
+    out-1-of-4 to out-4-of-4.
 
     An epoch is one pass over the first folder. With `medical:3,general:1` every three rows of medical come with one of
     general: too few rows begin anew within the epoch, too many go on in the next, and each row of general is drawn once
@@ -122,15 +242,16 @@ class TokenizedDataset(Dataset):
     left out. Each token of a passage is a target. A shorter document is used whole.
 
     Args:
-        path: the folder, or `name:weight,name:weight`; `ledger.json`, written last, shows that a folder is complete.
+        path: the set, or `name:weight,name:weight`; `ledger.json`, written last, shows that a folder is complete.
         config: if given, the model's configuration; a token id at or above its vocab_size is an error.
-        tokenizer: if given, ids that were made with another vocabulary are an error.
+        tokenizer: if given, ids that were made with a tokenizer that behaves otherwise are an error.
         passage_length: tokens of a passage; 0 if whole documents are an error.
         seed: of the passages.
 
     Raises:
-        FileNotFoundError: a folder or its ledger is missing.
-        ValueError: a column is missing, there is no row, or an id lies outside the vocabulary.
+        FileNotFoundError: a folder, its ledger or a part of a set is missing.
+        ValueError: a column is missing, there is no row, an id lies outside the vocabulary, or the set was made with
+            another tokenizer.
     """
 
     def __init__(self, path: str | Path, config=None, tokenizer=None, passage_length: int = 0, seed: int = 0):

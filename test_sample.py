@@ -32,7 +32,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, HfArgumentParser, set_seed
 
-from data_sample.rendering import expected_answer, messages_before_answer
+from data_sample.rendering import expected_answer, messages_before_answer, read_tools
 from tools import loading
 from tools.loading import ModelSource, collect, has_virtual_tokens
 
@@ -251,10 +251,8 @@ def encode_rows(source: ModelSource, template: dict, rows: list[dict]) -> list[l
     for number, row in enumerate(rows, 1):
         try:
             messages = messages_before_answer(row, template)
-        except (KeyError, TypeError, IndexError) as problem:
-            raise ValueError(f"row {number} lacks {problem}, which {template['format']} rows have") from None
-        try:
-            prompts.append(loading.encode_messages(source, messages, template))
+            tools = read_tools(row, template)
+            prompts.append(loading.encode_messages(source, messages, template, tools))
         except ValueError as problem:
             raise ValueError(f"row {number}: {problem}") from None
     return prompts

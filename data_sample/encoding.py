@@ -2,16 +2,18 @@
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 
 import numpy as np
 import pyarrow as pa
 
-from data_sample.fields import check_row, read_messages
-from data_sample.ledger import Language, Ledger
+from data_sample.chat_template import Conversation, Pieces, Rendered, chat_template_of
+from data_sample.fields import FieldCounts, FirstLabelError, clean_row, count_fields, describe_broken, read_row
+from data_sample.ledger import Language, Ledger, Split
 from data_sample.reading import RawRow, name_place, parse_row
-from data_sample.rendering import adds_bos, render_answers, render_chat, render_messages, render_plain
+from data_sample.rendering import adds_bos, render_answers, render_messages, render_plain, without_eos
 
 IGNORE_INDEX = -100
 
@@ -108,11 +110,15 @@ class Row:
     """A row on its way from the file to its ids."""
 
     raw: RawRow
-    conversations: list[list[dict]]  # with the right answer; then with each wrong one, where options are kept
-    answer: str
+    conversation: Conversation | None  # None for a document
+    answer: str  # the answer or the document; if it is blank, there is nothing to learn
     said: str  # what the file says, without templates: it tells the language
-    pieces: list[tuple[str, bool]] = field(default_factory=list)  # texts that follow one another; is it a target?
-    options: list[str] = field(default_factory=list)  # the completions of the wrong answers
+    fields: FieldCounts
+    num_fields: int
+    is_learned: bool = True  # unless the row says that it is not
+    num_stripped_eos: int = 0
+    pieces: Pieces = field(default_factory=list)
+    other_targets: list[str] = field(default_factory=list)  # the wrong answers, where options are kept
 
 
 @dataclass
@@ -122,15 +128,27 @@ class Encoded:
     rows: list[Row]
     ids: np.ndarray  # int32 [T]
     is_target: np.ndarray  # bool [T]
+    targets_before: np.ndarray  # int64 [T + 1]
+    eos_before: np.ndarray  # int64 [T + 1], EOS that are targets
     ends: list[int]  # of each row; it starts where the row before it ends
     options: list[list[list[int]]]  # of each row the ids of its options, the right one first
+
+
+@dataclass
+class Complaint:
+    """Why a row is broken."""
+
+    place: str
+    problem: str
+    hint: str  # what the row looks like, for a file of which no row could be read
+    forbids_skipping: bool = False  # other rows would be read wrongly, too
 
 
 @dataclass
 class ChunkResult:
     batches: dict[str, pa.RecordBatch]  # of each split that got rows
     ledger: Ledger  # the chunk's share of every figure
-    complaints: list[str]  # one for each broken row
+    complaints: list[Complaint]  # one for each broken row
 
 
 class Tokenization:
@@ -144,7 +162,7 @@ class Tokenization:
         splits: train, or train and val.
 
     Raises:
-        ValueError: a row is broken or too long, and that is to be an error.
+        ValueError: a row is too long, and that is to be an error.
     """
 
     def __init__(self, args, tokenizer, template: dict, paths: list[str], splits: list[str]):
@@ -154,6 +172,9 @@ class Tokenization:
         self.paths = paths
         self.splits = splits
         self.with_bos = adds_bos(tokenizer)
+        self.chat_template = None
+        if template["chat"] and args.format != "text":
+            self.chat_template = chat_template_of(tokenizer, template.get("date"))
         self.keeps_whole_documents = args.format == "text" and not args.packing
         self.keeps_options = args.format == "mcq" and not args.packing
         special_tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -190,16 +211,11 @@ class Tokenization:
         complaints = []
         rows = []
         for raw in chunk:
-            try:
-                content = parse_row(raw.content, self.paths[raw.file])
-                check_row(content, self.args.format)
-                rows.append(self.make_row(content, raw))
-            except ValueError as problem:
-                complaints.append(f"{self.name(raw)}: {problem}")
-        rows = self.render(rows, complaints)
-        if complaints and self.args.on_bad_row == "error":
-            raise ValueError(f"{complaints[0]}\n--on_bad_row skip goes on without such rows, and counts them")
-        ledger.rows_in = len(chunk)
+            row = self.read(raw, ledger, complaints)
+            if row is not None:
+                rows.append(row)
+        rows = self.render(rows, ledger, complaints)
+        ledger.rows_in = len(rows) + len(complaints)
         ledger.rows_broken = len(complaints)
         encoded = self.encode(rows)
         self.count_languages(encoded, ledger)
@@ -208,60 +224,140 @@ class Tokenization:
     def name(self, raw: RawRow) -> str:
         return name_place(self.paths[raw.file], raw.number)
 
-    def make_row(self, content: dict, raw: RawRow) -> Row:
+    # --- reading ---
+
+    def read(self, raw: RawRow, ledger: Ledger, complaints: list[Complaint]) -> Row | None:
+        """The row; None if it is broken, which is one more complaint."""
+        content = None
+        num_fields = 0
+        try:
+            content = parse_row(raw.content, self.paths[raw.file])
+            content = clean_row(content, self.template)
+            num_fields = count_fields(content)
+            counts = FieldCounts()
+            read = read_row(content, self.template, counts)
+        except ValueError as problem:
+            ledger.fields_in += num_fields
+            ledger.fields_broken += num_fields
+            hint = ""
+            if not complaints:
+                hint = describe_broken(raw.content, content, self.args.format)
+            is_about_all_rows = isinstance(problem, FirstLabelError)
+            complaints.append(Complaint(self.name(raw), str(problem), hint, is_about_all_rows))
+            return None
+        ledger.fields_in += num_fields
+        row = self.make_row(raw, content, read, counts)
+        row.num_fields = num_fields
+        row.is_learned = read.get("is_learned", True)
+        return row
+
+    def make_row(self, raw: RawRow, content: dict, read: dict, counts: FieldCounts) -> Row:
+        """A row without its texts.
+
+        Args:
+            content: all that the file says.
+            read: the same in the one form of the format.
+        """
         if self.args.format == "text":
-            text = content["text"]
-            return Row(raw, [[{"role": "document", "content": text}]], text, text)
+            return Row(raw, None, read["text"], read["text"], counts, 0)
         if self.args.format == "chat":
-            messages = read_messages(content)
-            said = "".join(message["content"] for message in messages)
-            return Row(raw, [messages], messages[-1]["content"], said)
-        prompt = render_messages(content, self.template)
-        answers = render_answers(content, self.template)
-        if not self.keeps_options:
-            answers = answers[:1]
-        conversations = [[*prompt, {"role": "assistant", "content": answer}] for answer in answers]
-        said = "".join(text for text in content.values() if isinstance(text, str))
-        return Row(raw, conversations, answers[0], said)
+            conversation = Conversation(read["messages"], read["learned"], read["tools"])
+            said = "".join(message.get("content", "") for message in conversation.messages)
+            answer = "not blank"  # read_row has looked at each turn
+        else:
+            messages = render_messages(read, self.template)
+            answer, *others = render_answers(read, self.template)
+            if not self.keeps_options:
+                others = []
+            messages.append({"role": "assistant", "content": answer})
+            learned = [False] * len(messages)
+            learned[-1] = True
+            conversation = Conversation(messages, learned, None, others)
+            said = "".join(text for text in content.values() if isinstance(text, str))
+        row = Row(raw, conversation, answer, said, counts, 0)
+        cleaned = without_eos(conversation.messages, self.tokenizer.eos_token)
+        row.num_stripped_eos = sum(a is not b for a, b in zip(cleaned, conversation.messages, strict=True))
+        conversation.messages = cleaned
+        if self.args.format != "chat":
+            row.answer = cleaned[-1]["content"]
+        return row
 
     # --- texts ---
 
-    def render(self, rows: list[Row], complaints: list[str]) -> list[Row]:
-        """Gives the rows their texts.
+    def render(self, rows: list[Row], ledger: Ledger, complaints: list[Complaint]) -> list[Row]:
+        """Gives the rows their texts. Where the chat template rewrites earlier turns, a row becomes several.
 
         Returns:
-            the rows that the chat template could render. The others become complaints.
+            the rows that could be rendered. The others become complaints.
         """
-        from jinja2 import TemplateError
-
         try:
             rendered = self.render_conversations(rows)
-        except (ValueError, TemplateError):
-            # One of the rows is to blame. Rendered one by one they tell which.
+        except Exception:
+            # One of the rows is to blame, and templates raise all kinds of exceptions. One by one the rows tell which.
+            rendered = []
             good_rows = []
             for row in rows:
                 try:
-                    self.render_conversations([row])
+                    rendered += self.render_conversations([row])
                     good_rows.append(row)
-                except (ValueError, TemplateError) as problem:
-                    complaints.append(f"{self.name(row.raw)}: {problem}")
+                except Exception as problem:
+                    complaints.append(Complaint(self.name(row.raw), explain_rendering(problem), ""))
+                    ledger.fields_broken += row.num_fields
             rows = good_rows
-            rendered = self.render_conversations(rows)
-        rendered = iter(rendered)
-        for row in rows:
-            row.pieces, *others = [next(rendered) for _ in row.conversations]
-            row.options = [pieces[1][0] for pieces in others]
-        return rows
+        self.split_where_ids_differ(rendered)
+        result = []
+        for row, conversation in zip(rows, rendered, strict=True):
+            for name in conversation.not_used:
+                row.fields.move_to_not_used(name)
+            ledger.fields.add(row.fields)
+            ledger.stripped_eos += row.num_stripped_eos
+            ledger.in_open_think += conversation.num_in_open_think
+            row.other_targets = conversation.other_targets
+            for pieces in conversation.rows:
+                result.append(replace(row, pieces=pieces))
+        if self.args.format == "chat":
+            ledger.conversations += len(rows)
+            ledger.conversation_rows += len(result)
+        return result
 
-    def render_conversations(self, rows: list[Row]) -> list[list[tuple[str, bool]]]:
-        conversations = list(chain.from_iterable(row.conversations for row in rows))
+    def render_conversations(self, rows: list[Row]) -> list[Rendered]:
         if self.args.format == "text":
-            return [[(messages[0]["content"], True)] for messages in conversations]
-        if not self.template["chat"]:
-            return [render_plain(self.tokenizer, messages) for messages in conversations]
-        if not conversations:
-            return []
-        return render_chat(self.tokenizer, conversations, every_turn=self.args.format == "chat")
+            return [Rendered([[(row.answer, True)]]) for row in rows]
+        if self.chat_template is not None:
+            return self.chat_template.render([row.conversation for row in rows])
+        rendered = []
+        for row in rows:
+            messages = row.conversation.messages
+            pieces = render_plain(self.tokenizer, messages)
+            others = [answer + self.tokenizer.eos_token for answer in row.conversation.other_answers]
+            rendered.append(Rendered([pieces], others))
+        return rendered
+
+    def split_where_ids_differ(self, rendered: list[Rendered]) -> None:
+        """Makes a row of each target where one row with several targets would have other ids than serving sends.
+
+        Such a row is tokenized piece by piece, so that no token spans the end of a prompt. Serving tokenizes the text
+        before a later turn as a whole, and may join the end of a prompt with the answer behind it.
+        """
+        several = []
+        before_last_target = []  # texts of the pieces before the last target
+        for conversation in rendered:
+            if len(conversation.rows) == 1 and sum(is_target for _, is_target in conversation.rows[0]) > 1:
+                (pieces,) = conversation.rows
+                last = max(number for number, (_, is_target) in enumerate(pieces) if is_target)
+                several.append(conversation)
+                before_last_target.append([text for text, _ in pieces[:last]])
+        pairs = []
+        for texts in before_last_target:
+            pairs += pairwise(["", *texts])
+        parts = iter(encode_behind(self.tokenizer, pairs))
+        wholes = encode_texts(self.tokenizer, ["".join(texts) for texts in before_last_target])
+        for conversation, texts, whole in zip(several, before_last_target, wholes, strict=True):
+            ids = []
+            for _ in texts:
+                ids += next(parts)
+            if ids != whole:
+                conversation.rows = separate_targets(conversation.rows[0])
 
     # --- ids ---
 
@@ -271,7 +367,7 @@ class Tokenization:
         for row in rows:
             texts = ["", *(text for text, _ in row.pieces)]
             pairs += pairwise(texts)
-            pairs += [(texts[1], option) for option in row.options]
+            pairs += [(texts[1], target) for target in row.other_targets]
         encoded = iter(encode_behind(self.tokenizer, pairs))
 
         parts = []
@@ -280,7 +376,7 @@ class Tokenization:
         options = []
         for row in rows:
             row_parts = [next(encoded) for _ in row.pieces]
-            row_options = [next(encoded) for _ in row.options]
+            row_options = [next(encoded) for _ in row.other_targets]
             if self.args.format == "text":
                 row_parts[0] = [*row_parts[0], self.tokenizer.eos_token_id]
             if self.with_bos and row_parts[0][:1] != [bos]:  # a chat template may have written it
@@ -292,8 +388,16 @@ class Tokenization:
         part_lengths = np.fromiter(map(len, parts), np.int64, len(parts))
         ids = np.fromiter(chain.from_iterable(parts), np.int32, int(part_lengths.sum()))
         is_target = np.repeat(np.array(is_target, bool), part_lengths)
-        ends = np.cumsum(lengths, dtype=np.int64).tolist()
-        return Encoded(rows, ids, is_target, ends, options)
+        is_eos_target = is_target & (ids == self.tokenizer.eos_token_id)
+        return Encoded(
+            rows=rows,
+            ids=ids,
+            is_target=is_target,
+            targets_before=count_before(is_target),
+            eos_before=count_before(is_eos_target),
+            ends=np.cumsum(lengths, dtype=np.int64).tolist(),
+            options=options,
+        )
 
     def count_languages(self, encoded: Encoded, ledger: Ledger) -> None:
         """Characters, tokens, and what the vocabulary could not say, for each language; templates count as well."""
@@ -313,55 +417,46 @@ class Tokenization:
 
     def choose(self, encoded: Encoded, ledger: Ledger) -> dict[str, pa.RecordBatch]:
         """Decides about each row, counts it, and makes arrays of those that are kept."""
-        eos = self.tokenizer.eos_token_id
-        bos = self.tokenizer.bos_token_id
-        ids = encoded.ids
-        targets_before = count_before(encoded.is_target)
-        eos_before = count_before(encoded.is_target & (ids == eos))
         cuts_of = {split: [] for split in self.splits}  # start and end of each row that is written
         options_of = {split: [] for split in self.splits}
         start = 0
         for row, end, options in zip(encoded.rows, encoded.ends, encoded.options, strict=True):
             split = self.draw_split(row.raw)
-            figures = ledger.splits[split]
             fate, cuts = self.cut(row, start, end)
             learned = []
-            for a, b in cuts:
+            for first, last in cuts:
                 # The first token of a row is never predicted, whatever its label.
-                if self.keeps_whole_documents or targets_before[b] > targets_before[a + 1]:
-                    learned.append((a, b))
-            num_cut = sum(b - a for a, b in cuts)
-            num_learned = sum(b - a for a, b in learned)
-            ledger.tokens_in += end - start
-            ledger.lengths[end - start] += 1
-            figures.tokens["kept"] += num_learned
-            if cuts:
-                figures.tokens["no_target"] += num_cut - num_learned
-                figures.tokens["truncated"] += end - start - num_cut
-            else:
-                figures.tokens[fate] += end - start
+                num_targets = encoded.targets_before[last] - encoded.targets_before[first + 1]
+                if num_targets > 0 or self.keeps_whole_documents:
+                    learned.append((first, last))
             if cuts and not learned:
                 fate = "no_target"
-            figures.rows[fate] += 1
-            if cuts and num_cut < end - start:
-                figures.truncated_rows += 1
-            if len(cuts) > 1:
-                figures.split_rows += 1
-            for a, b in learned:
-                figures.documents += 1
-                figures.targets += int(targets_before[b] - targets_before[a + 1])
-                if eos_before[b] == eos_before[a + 1]:
-                    figures.without_eos_target += 1
-                num_bos = 0
-                if ids[a] == bos:
-                    num_bos = 1
-                    if b > a + 1 and ids[a + 1] == bos:
-                        num_bos = 2
-                figures.bos_at_start[num_bos] += 1
+            ledger.tokens_in += end - start
+            ledger.lengths[end - start] += 1
+            figures = ledger.splits[split]
+            count_fate(figures, fate, end - start, cuts, learned)
+            figures.examples.setdefault(fate, self.name(row.raw))
+            self.count_documents(figures, encoded, learned)
             cuts_of[split] += learned
             options_of[split] += [options] * len(learned)
             start = end
         return self.make_batches(encoded, cuts_of, options_of)
+
+    def count_documents(self, figures: Split, encoded: Encoded, cuts: list[tuple[int, int]]) -> None:
+        """Counts the rows that are written of one row: their targets, and how they begin and end."""
+        bos = self.tokenizer.bos_token_id
+        ids = encoded.ids
+        for first, last in cuts:
+            figures.documents += 1
+            figures.targets += int(encoded.targets_before[last] - encoded.targets_before[first + 1])
+            if encoded.eos_before[last] == encoded.eos_before[first + 1]:
+                figures.without_eos_target += 1
+            num_bos = 0
+            if ids[first] == bos:
+                num_bos = 1
+                if last > first + 1 and ids[first + 1] == bos:
+                    num_bos = 2
+            figures.bos_at_start[num_bos] += 1
 
     def draw_split(self, raw: RawRow) -> str:
         """Drawn by the row's place in the input, so the same for every number of workers and machines."""
@@ -375,7 +470,7 @@ class Tokenization:
         """What happens to a row of ids from `start` to `end`: its fate, and where the rows made of it start and end."""
         length = end - start
         max_length = self.args.max_length
-        if not row.answer.strip() and self.args.format != "chat":
+        if not row.is_learned or not row.answer.strip():
             return "no_target", []
         if self.args.format != "text" and self.spells_special_token(row):
             return "special_token", []
@@ -391,11 +486,11 @@ class Tokenization:
         return "kept", [(first, min(first + max_length, end)) for first in range(start, end, max_length)]
 
     def spells_special_token(self, row: Row) -> bool:
-        for messages in row.conversations:
-            for message in messages:
-                if self.special_token.search(message["content"]):
-                    return True
-        return False
+        conversation = row.conversation
+        texts = list(find_texts(conversation.messages))
+        texts += conversation.other_answers
+        texts += find_texts(conversation.tools)
+        return any(map(self.special_token.search, texts))
 
     def make_batches(self, encoded: Encoded, cuts_of: dict, options_of: dict) -> dict[str, pa.RecordBatch]:
         labels = np.where(encoded.is_target, encoded.ids, np.int32(IGNORE_INDEX))
@@ -412,6 +507,52 @@ class Tokenization:
         return batches
 
 
+def count_fate(figures: Split, fate: str, length: int, cuts: list[tuple], learned: list[tuple]) -> None:
+    """Counts what became of a row of `length` tokens, of which `cuts` were taken and `learned` are kept."""
+    num_cut = sum(last - first for first, last in cuts)
+    num_learned = sum(last - first for first, last in learned)
+    figures.rows[fate] += 1
+    figures.tokens["kept"] += num_learned
+    if cuts:
+        figures.tokens["no_target"] += num_cut - num_learned
+        figures.tokens["truncated"] += length - num_cut
+    else:
+        figures.tokens[fate] += length
+    if cuts and num_cut < length:
+        figures.truncated_rows += 1
+    if len(cuts) > 1:
+        figures.split_rows += 1
+
+
 def count_before(flags: np.ndarray) -> np.ndarray:
     """How many flags are True before each place: int64 [T + 1]."""
     return np.concatenate([[0], np.cumsum(flags)])
+
+
+def separate_targets(pieces: Pieces) -> list[Pieces]:
+    """A row for each target, with all text before it as its prompt."""
+    rows = []
+    before = ""
+    for text, is_target in pieces:
+        if is_target:
+            rows.append([(before, False), (text, True)])
+        before += text
+    return rows
+
+
+def find_texts(value) -> Iterator[str]:
+    """All texts in nested lists and objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from find_texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from find_texts(item)
+
+
+def explain_rendering(problem: Exception) -> str:
+    if isinstance(problem, ValueError):
+        return str(problem)
+    return f"the tokenizer's chat template cannot render it ({type(problem).__name__}: {problem})"

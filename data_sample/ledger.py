@@ -9,6 +9,8 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from data_sample.fields import FieldCounts
+
 # Where a row or a token can go besides "kept", and what the printed table calls it.
 LOST = {
     "broken": "dropped: broken row",
@@ -41,6 +43,7 @@ class Split:
 
     rows: Counter = field(default_factory=Counter)  # by fate: kept, or a reason of LOST
     tokens: Counter = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)  # for each fate the place of the first such row
     documents: int = 0  # rows that were made, before packing
     targets: int = 0  # tokens that are learned
     truncated_rows: int = 0
@@ -51,6 +54,7 @@ class Split:
     def add(self, other: "Split") -> None:
         self.rows.update(other.rows)
         self.tokens.update(other.tokens)
+        self.examples = {**other.examples, **self.examples}
         self.documents += other.documents
         self.targets += other.targets
         self.truncated_rows += other.truncated_rows
@@ -63,9 +67,16 @@ class Split:
 class Ledger:
     """All figures of a set, or of a chunk of it."""
 
-    rows_in: int = 0
+    rows_in: int = 0  # a conversation that becomes several rows counts as several
     rows_broken: int = 0
     tokens_in: int = 0
+    conversations: int = 0  # that were read, and
+    conversation_rows: int = 0  # the rows that they became
+    stripped_eos: int = 0  # texts that ended with EOS, which is written anyway
+    in_open_think: int = 0  # targets without reasoning behind a prompt that ends inside <think>
+    fields_in: int = 0  # values in all fields of all rows and messages
+    fields_broken: int = 0  # those in broken rows
+    fields: FieldCounts = field(default_factory=FieldCounts)
     splits: dict[str, Split] = field(default_factory=lambda: {"train": Split(), "val": Split()})
     lengths: Counter = field(default_factory=Counter)  # rows that came in, by their number of tokens
     languages: dict[str, Language] = field(default_factory=dict)
@@ -74,6 +85,13 @@ class Ledger:
         self.rows_in += other.rows_in
         self.rows_broken += other.rows_broken
         self.tokens_in += other.tokens_in
+        self.conversations += other.conversations
+        self.conversation_rows += other.conversation_rows
+        self.stripped_eos += other.stripped_eos
+        self.in_open_think += other.in_open_think
+        self.fields_in += other.fields_in
+        self.fields_broken += other.fields_broken
+        self.fields.add(other.fields)
         for name, split in other.splits.items():
             self.splits[name].add(split)
         self.lengths.update(other.lengths)
@@ -100,6 +118,18 @@ class Ledger:
         check_balance(balance)
         return balance
 
+    def balance_fields(self) -> dict[str, int]:
+        """Values that came in, and what became of them."""
+        balance = {
+            "in": self.fields_in,
+            "used": sum(self.fields.used.values()),
+            "ignored": sum(self.fields.ignored.values()),
+            "not_used": sum(self.fields.not_used.values()),
+            "broken": self.fields_broken,
+        }
+        check_balance(balance)
+        return balance
+
     def kept_elsewhere(self, split: str) -> Split:
         (other,) = [part for name, part in self.splits.items() if name != split]
         return other
@@ -123,6 +153,12 @@ def summarize(ledger: Ledger, split: str, num_rows: int, longest_row: int, row_l
     return {
         "rows": ledger.balance_rows(split),
         "tokens": ledger.balance_tokens(split),
+        "fields": ledger.balance_fields(),
+        "fields_not_used": sorted_counts(ledger.fields.not_used),
+        "fields_ignored": sorted_counts(ledger.fields.ignored),
+        "conversations": {"in": ledger.conversations, "rows": ledger.conversation_rows},
+        "stripped_eos": ledger.stripped_eos,
+        "answers_in_open_think": ledger.in_open_think,
         "targets": part.targets,
         "rows_written": num_rows,
         "longest_row_written": longest_row,
@@ -136,6 +172,31 @@ def summarize(ledger: Ledger, split: str, num_rows: int, longest_row: int, row_l
         "length_histogram": length_histogram(ledger.lengths),  # of all rows that came in, cut or not
         "languages": {name: vars(language) for name, language in sorted(ledger.languages.items())},
     }
+
+
+def sorted_counts(counts: Counter) -> dict[str, int]:
+    return {name: counts[name] for name in sorted(counts) if counts[name]}
+
+
+def explain_empty_split(ledger: Ledger, split: str) -> str:
+    """Why no row of a split was kept: the largest reason, an example and what to do."""
+    if ledger.rows_in == 0:
+        return "the input has no rows"
+    lost = {reason: number for reason, number in ledger.balance_rows(split).items() if reason in LOST}
+    reason = max(lost, key=lost.get)
+    remedies = {
+        "broken": "mend the rows that are named above",
+        "no_target": "each row needs an answer, or a text, that is not empty, and a turn that is learned",
+        "special_token": "take such texts out of the rows, or train another model whose special tokens are others",
+        "too_long": f"raise --max_length, up to {max(ledger.lengths, default=0)} for the longest row, or choose "
+        "--on_long truncate or split",
+        "other_split": "choose another --val_size",
+    }
+    example = ""
+    for part in ledger.splits.values():
+        if reason in part.examples:
+            example = f" (the first: {part.examples[reason]})"
+    return f"{LOST[reason]}: {lost[reason]:,} of {ledger.rows_in:,} rows{example}; {remedies[reason]}"
 
 
 def length_histogram(lengths: Counter) -> dict[str, int]:
@@ -177,6 +238,7 @@ def print_ledger(ledger: dict, output: Path) -> None:
     if not_read:
         print(f"not read: {len(not_read)} files, such as {not_read[0]}")
     print_balance(ledger)
+    print_fields(ledger)
     print_lengths(ledger["length_histogram"])
     print_languages(ledger["languages"])
     if ledger["documents"]:
@@ -195,6 +257,25 @@ def print_balance(ledger: dict) -> None:
     num_split = ledger["split_rows"]
     if num_truncated or num_split:
         print(f"kept rows that were cut: {num_truncated:,} at the end, {num_split:,} into several")
+
+
+def print_fields(ledger: dict) -> None:
+    """What the rows hold beside question and answer, and what became of it."""
+    not_used = [f"{name} in {number:,}" for name, number in ledger["fields_not_used"].items()]
+    if not_used:
+        print(f"not used: {', '.join(not_used)} rows or messages")
+    ignored = [f"{name} in {number:,}" for name, number in ledger["fields_ignored"].items()]
+    if ignored:
+        print(f"names and sources, ignored on purpose: {', '.join(ignored)}")
+    conversations = ledger["conversations"]
+    if conversations["rows"] > conversations["in"]:
+        print(f"{conversations['in']:,} conversations became {conversations['rows']:,} rows, because the chat template "
+              "rewrites earlier turns: a row for each learned turn, as serving sends it")  # fmt: skip
+    if ledger["stripped_eos"]:
+        print(f"texts that ended with EOS, which is written once: {ledger['stripped_eos']:,}")
+    if ledger["answers_in_open_think"]:
+        print(f"{ledger['answers_in_open_think']:,} answers have no reasoning, and the chat template's generation "
+              "prompt ends inside <think>: the model learns to answer without closing it")  # fmt: skip
 
 
 def print_lengths(histogram: dict[str, int]) -> None:

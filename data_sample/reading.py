@@ -126,7 +126,7 @@ def walk(folder: str, kinds: list[str]) -> Files:
         ValueError: a folder holds the splits of a DatasetDict, which must not be mixed.
     """
     files = Files()
-    known = set()  # real paths, for a link may lead to what was already read, or back up
+    known = {os.path.realpath(folder)}  # real paths, for a link may lead to what was already read, or back up
     for parent, folders, names in os.walk(folder, followlinks=True):
         if "dataset_dict.json" in names:
             splits = json.loads((Path(parent) / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
@@ -209,16 +209,16 @@ def open_file(path: str) -> io.BufferedIOBase:
 
 
 def explain_opening(path: str, problem: Exception) -> str:
-    """What happened when a file was opened or read, and what to do."""
+    """What happened when a file was opened or read, and what to do; the caller names the file."""
     protocol = path.partition("://")[0]
     if isinstance(problem, ImportError):
         packages = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
         package = packages.get(protocol, "the package that it names")
-        return f"{path}: reading {protocol}:// needs a package that is not installed ({problem}); pip install {package}"
+        return f"reading {protocol}:// needs a package that is not installed ({problem}); pip install {package}"
     reason = str(problem) or type(problem).__name__
     if "://" in path:
-        return f"{path}: cannot be read ({reason}); check the address, or download the file and name that"
-    return f"{path}: cannot be read ({reason})"
+        return f"cannot be read ({reason}); check the address, or download the file and name that"
+    return f"cannot be read ({reason})"
 
 
 def hash_files(paths: list[str]) -> str:
@@ -301,7 +301,7 @@ def read_rows(path: str) -> Iterator[tuple[int, bytes | dict]]:
     except UnicodeDecodeError as problem:
         raise ValueError(f"{path}: not UTF-8 ({problem}); convert it, for example with iconv") from None
     except Exception as problem:  # each kind of file and of storage raises its own exceptions
-        raise ValueError(explain_opening(path, problem)) from None
+        raise ValueError(f"{path}: {explain_opening(path, problem)}") from None
 
 
 def read_lines(file: io.BufferedIOBase) -> Iterator[tuple[int, bytes]]:

@@ -14,7 +14,12 @@ Three words that all functions use:
     prompt              the text around the question or instruction, with {question} or {instruction}  (mcq, alpaca)
     prompt_with_input   the same for rows that have an input, with {instruction} and {input}           (alpaca)
     answer, option      text or letter, and how one option is written, with {letter} and {text}        (mcq)
+    columns             the names that --columns gives to other columns, if it does
+    first_label         the label of the first option, if it is not 0                                  (mcq)
+    date                the day that the chat template writes, if it writes one
 - *Messages* are a conversation as transformers' chat templates take it: [{"role": "user", "content": "..."}, ...].
+
+fields.py says which fields a row may have; chat_template.py renders with a tokenizer's chat template.
 """
 
 import hashlib
@@ -22,7 +27,8 @@ import json
 import re
 from pathlib import Path
 
-LETTERS = "ABCDE"
+from data_sample.chat_template import Conversation, chat_template_of
+from data_sample.fields import LETTERS, FieldCounts, clean_row, read_row
 
 PLAIN_MCQ = "{question}\n\n### Answer:\n"
 PLAIN_ALPACA = (
@@ -34,8 +40,6 @@ PLAIN_ALPACA_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-# ShareGPT's names of the roles. Other names stay as they are.
-ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -43,7 +47,15 @@ ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def make_template(format: str, chat: bool, answer: str = "text", prompt_file: str | None = None) -> dict:
+def make_template(
+    format: str,
+    chat: bool,
+    answer: str = "text",
+    prompt_file: str | None = None,
+    columns: dict[str, str] | None = None,
+    first_label: int = 0,
+    date: str | None = None,
+) -> dict:
     """Makes the template of a set.
 
     Args:
@@ -51,6 +63,9 @@ def make_template(format: str, chat: bool, answer: str = "text", prompt_file: st
         chat: whether the tokenizer has a chat template.
         answer: mcq only: text or letter.
         prompt_file: mcq only: a text file with {question} in it, used instead of the default prompt.
+        columns: the column of the file for a field, where it has another name.
+        first_label: mcq only: the label of the first option.
+        date: YYYY-MM-DD, if the chat template writes a date.
     """
     template = {"format": format, "chat": chat}
     if format == "mcq":
@@ -72,6 +87,12 @@ def make_template(format: str, chat: bool, answer: str = "text", prompt_file: st
         else:
             template["prompt"] = PLAIN_ALPACA
             template["prompt_with_input"] = PLAIN_ALPACA_WITH_INPUT
+    if columns:
+        template["columns"] = columns
+    if first_label:
+        template["first_label"] = first_label
+    if date:
+        template["date"] = date
     return template
 
 
@@ -81,7 +102,7 @@ def make_template(format: str, chat: bool, answer: str = "text", prompt_file: st
 
 
 def read_options(row: dict) -> list[str]:
-    """The options of a multiple-choice row in the order in which the question shows them."""
+    """The options of a multiple-choice row, as read_row returns it, in the order in which the question shows them."""
     options = []
     for number in range(len(LETTERS)):
         if row.get(f"ending{number}"):
@@ -90,11 +111,7 @@ def read_options(row: dict) -> list[str]:
 
 
 def render_prompt(row: dict, template: dict) -> str:
-    """The prompt of a multiple-choice or Alpaca row, without its answer.
-
-    Raises:
-        KeyError: the row lacks a field.
-    """
+    """The prompt of a multiple-choice or Alpaca row, as read_row returns it, without its answer."""
     if template["format"] == "mcq":
         lines = [row["sent1"], row["sent2"]]
         for letter, text in zip(LETTERS, read_options(row), strict=False):
@@ -134,23 +151,36 @@ def render_messages(row: dict, template: dict) -> list[dict]:
     return messages
 
 
-def read_turns(row: dict) -> list[dict]:
-    """The messages of a conversation, from `messages` or from ShareGPT's `conversations`."""
-    messages = []
-    if "messages" in row:
-        for turn in row["messages"]:
-            messages.append({"role": ROLES.get(turn["role"], turn["role"]), "content": turn["content"]})
-        return messages
-    if row.get("system"):
-        messages.append({"role": "system", "content": row["system"]})
-    for turn in row["conversations"]:
-        messages.append({"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]})
-    return messages
+def read_raw_row(row: dict, template: dict) -> dict:
+    """A raw row in the one form of its format. It may lack an answer.
+
+    Raises:
+        ValueError: naming the field that is missing or of a wrong kind.
+    """
+    return read_row(clean_row(row, template), template, FieldCounts(), needs_answer=False)
 
 
-def read_tools(row: dict) -> list | None:
-    """The tools that a conversation's row offers to the model; None if it offers none."""
-    return None
+def read_tools(row: dict, template: dict) -> list | None:
+    """The tools that a raw row offers to the model; None if it offers none."""
+    if template["format"] != "chat" or "prompt" in row:
+        return None
+    return read_raw_row(row, template)["tools"]
+
+
+def without_eos(messages: list[dict], eos: str) -> list[dict]:
+    """The messages without EOS at the end of the assistant's: rendering writes it there, and it is no part of a text.
+
+    Many data sets have it, because programs before this one did not write it.
+    """
+    cleaned = []
+    for message in messages:
+        content = message.get("content")
+        if message["role"] == "assistant" and content and content.endswith(eos):
+            while content.endswith(eos):
+                content = content.removesuffix(eos)
+            message = {**message, "content": content}
+        cleaned.append(message)
+    return cleaned
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -159,13 +189,13 @@ def read_tools(row: dict) -> list | None:
 
 
 def messages_before_answer(row: dict, template: dict) -> list[dict]:
-    """What a model has to answer: the messages of a row up to, and without, its answer.
+    """What a model has to answer: the messages of a raw row up to, and without, its answer.
 
     A row may also be {"prompt": ..., "system": ...}, in any format. The answer of a conversation is its last message,
     if that is the assistant's. The document of a row of text is one message, which prompt_text writes as it is.
 
     Raises:
-        KeyError, TypeError: the row does not have the shape of the template's format.
+        ValueError: the row does not have the shape of the template's format.
     """
     if "prompt" in row:
         messages = []
@@ -173,13 +203,14 @@ def messages_before_answer(row: dict, template: dict) -> list[dict]:
             messages.append({"role": "system", "content": row["system"]})
         messages.append(user_message(row["prompt"], template))
         return messages
+    row = read_raw_row(row, template)
     if template["format"] == "text":
         return [{"role": "user", "content": row["text"]}]
     if template["format"] != "chat":
         return render_messages(row, template)
-    messages = read_turns(row)
+    messages = row["messages"]
     if messages[-1]["role"] == "assistant":
-        messages.pop()
+        messages = messages[:-1]
     return messages
 
 
@@ -191,22 +222,24 @@ def user_message(text: str, template: dict) -> dict:
 
 
 def expected_answer(row: dict, template: dict) -> str | None:
-    """The right answer of a row; None if the row has none."""
+    """The right answer of a raw row; None if the row has none."""
+    if "prompt" in row:
+        return row.get("output")
+    row = read_raw_row(row, template)
     if template["format"] == "mcq" and "label" in row:
-        if template.get("answer") == "letter":
-            return LETTERS[row["label"]]
-        return row.get(f"ending{row['label']}")
-    if row.get("messages") or row.get("conversations"):
-        last = read_turns(row)[-1]
+        return render_answers(row, template)[0]
+    if template["format"] == "chat":
+        last = row["messages"][-1]
         if last["role"] == "assistant":
-            return last["content"]
+            return last.get("content", last.get("text_of_call"))
     return row.get("output")
 
 
 def prompt_text(tokenizer, messages: list[dict], template: dict, tools: list | None = None) -> str:
     """The text before the answer, as training saw it. A document is its own text."""
+    messages = without_eos(messages, tokenizer.eos_token)
     if template["format"] != "text" and template["chat"]:
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+        return chat_template_of(tokenizer, template.get("date")).prompt(messages, tools)
     return "".join(plain_texts(tokenizer, messages))
 
 
@@ -262,79 +295,18 @@ def plain_texts(tokenizer, messages: list[dict]) -> list[str]:
 
 
 def render_plain(tokenizer, messages: list[dict]) -> list[tuple[str, bool]]:
-    """A conversation for a tokenizer without a chat template, as render_chat; only its last message is a target."""
+    """A conversation for a tokenizer without a chat template: texts, and which is a target: only the last one."""
     prompt = "".join(plain_texts(tokenizer, messages[:-1]))
     answer = messages[-1]["content"] + tokenizer.eos_token
     return [(prompt, False), (answer, True)]
-
-
-def render_chat(tokenizer, conversations: list[list[dict]], every_turn: bool) -> list[list[tuple[str, bool]]]:
-    """Each conversation by the chat template: texts that follow one another, and whether each of them is a target.
-
-    Targets are the assistant's turns, each with the EOS that the template writes behind it. The last target always
-    ends with EOS.
-
-    Args:
-        conversations: the messages of each conversation.
-        every_turn: whether all of the assistant's turns are targets, or only the last one.
-
-    Raises:
-        ValueError: the chat template does not render a conversation as its prompt followed by the answer.
-    """
-    turns_of = []
-    until = []
-    through = []
-    for messages in conversations:
-        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        if not every_turn:
-            turns = turns[-1:]
-        turns_of.append(turns)
-        until += [messages[:turn] for turn in turns]
-        through += [messages[: turn + 1] for turn in turns]
-    # Two calls for all turns of all conversations, because each call costs more than a turn.
-    prompts = iter(tokenizer.apply_chat_template(until, tokenize=False, add_generation_prompt=True))
-    answered = iter(tokenizer.apply_chat_template(through, tokenize=False))
-    rendered = []
-    for messages, turns in zip(conversations, turns_of, strict=True):
-        borders = [(next(prompts), next(answered)) for _ in turns]
-        text = borders[-1][1]
-        if turns[-1] + 1 < len(messages):
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-        rendered.append(cut_at_borders(tokenizer, text, borders))
-    return rendered
-
-
-def cut_at_borders(tokenizer, text: str, borders: list[tuple[str, str]]) -> list[tuple[str, bool]]:
-    """Cuts the text of a conversation into prompts and targets.
-
-    Args:
-        borders: for each learned turn the text before it, and the text up to its end.
-    """
-    pieces = []
-    done = 0
-    for prompt, answered in borders:
-        # Templates write a line end behind the last EOS, which nobody ever has to predict.
-        end = len(prompt) + len(answered[len(prompt) :].rstrip())
-        answered = answered[:end]
-        is_extension = text.startswith(answered) and answered.startswith(prompt) and done <= len(prompt)
-        if not is_extension:
-            raise ValueError("the tokenizer's chat template does not put the answer behind its generation prompt")
-        pieces.append((text[done : len(prompt)], False))
-        pieces.append((text[len(prompt) : end], True))
-        done = end
-    last_answer = pieces[-1][0].removesuffix(tokenizer.eos_token) + tokenizer.eos_token
-    pieces[-1] = (last_answer, True)
-    rest = text[done:]
-    if rest.strip():
-        pieces.append((rest, False))
-    return pieces
 
 
 def apply_template(tokenizer, prompt: str, answer: str, chat: bool) -> tuple[str, str]:
     """(prompt, completion) as the texts to be tokenized. The completion ends with the EOS token's text."""
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     if chat:
-        pieces = render_chat(tokenizer, [messages], every_turn=False)[0]
+        (rendered,) = chat_template_of(tokenizer).render([Conversation(messages, [False, True])])
+        pieces = rendered.rows[0]
     else:
         pieces = render_plain(tokenizer, messages)
     return pieces[0][0], pieces[1][0]
@@ -348,3 +320,48 @@ def apply_template(tokenizer, prompt: str, answer: str, chat: bool) -> tuple[str
 def vocabulary_hash(tokenizer) -> str:
     """SHA-256 of the token-to-id table: two tokenizers with the same hash give ids the same meaning."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+# Words, numbers, spaces, line ends and scripts that tokenizers treat differently.
+PROBE_TEXTS = ["Hello world", " two  spaces", "\n\nline\tend ", "2024 don't", "naïve café", "你好，世界 👩‍⚕️", "شكرا"]
+PROBE_CONVERSATION = [
+    {"role": "user", "content": "How are you?"},
+    {"role": "assistant", "content": "Fine."},
+    {"role": "user", "content": "And now?"},
+]
+# Stands in for transformers' function, so that the text of a chat template does not depend on the day.
+# data_collator.py compares with the same one.
+NO_DATE = "{% macro strftime_now(format) %}{{ format }}{% endmacro %}\n"
+
+
+def fingerprint_tokenizer(tokenizer) -> dict:
+    """How a tokenizer behaves. It is kept in ledger.json, and find_difference in data_collator.py compares it.
+
+    texts                  [text, its ids] for some texts, with BOS where the tokenizer adds it, and with the special
+                           tokens that it writes inside a text
+    chat_template_sha256   of the chat template's text; None if there is none
+    messages, rendered     a conversation, and the prompt that the chat template makes of it; None if it cannot
+
+    A tokenizer with the same vocabulary can behave otherwise: a folder with Meta's tokenizer.model alone gives neither
+    BOS nor the space before the first word.
+    """
+    texts = list(PROBE_TEXTS)
+    for token in (tokenizer.bos_token, tokenizer.eos_token):
+        if token and f"a{token}b" not in texts:
+            texts.append(f"a{token}b")
+    fingerprint = {
+        "texts": [[text, tokenizer(text).input_ids] for text in texts],
+        "chat_template_sha256": None,
+        "messages": PROBE_CONVERSATION,
+        "rendered": None,
+    }
+    if tokenizer.chat_template is not None:
+        template = tokenizer.get_chat_template()
+        fingerprint["chat_template_sha256"] = hashlib.sha256(template.encode()).hexdigest()
+        try:
+            fingerprint["rendered"] = tokenizer.apply_chat_template(
+                PROBE_CONVERSATION, chat_template=NO_DATE + template, tokenize=False, add_generation_prompt=True
+            )
+        except Exception:  # a template may refuse a conversation in its own ways
+            pass
+    return fingerprint

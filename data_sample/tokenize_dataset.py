@@ -3,28 +3,36 @@
     python data_sample/tokenize_dataset.py --format mcq --input data_sample/triage_train.jsonl \\
         --tokenizer_path models/SmolLM2-135M-Instruct --output data_sample/tokenized/triage_train
 
-Formats: `mcq` (MedQA's: id, sent1, sent2, ending0 to ending3 or ending4, label), `alpaca` (instruction, input, output,
-and system, history), `chat` (messages with role and content, or ShareGPT's conversations with from and value) and
-`text` (documents, for continued pretraining). Files: .jsonl, .json with a list, .csv, .parquet and, for `text`, .txt
-with one document each; compressed with gzip or zstd or not; one file, a folder, a glob, a URL, or `-` for JSONL from
-stdin.
+Formats:
+    mcq      sent1, sent2, ending0, ending1 and up to 24 more, label; or the columns of MedQA, MedMCQA, C-Eval, MMLU or
+             PubMedQA as they are published
+    alpaca   instruction, input, output, and system, history
+    chat     messages with role and content, or ShareGPT's conversations with from and value; tools, calls, reasoning
+    text     text, for continued pretraining
+--columns names columns that have other names. Files: .jsonl, .json with a list, .csv, .parquet, what save_to_disk of
+`datasets` wrote and, for `text`, .txt with one document each; compressed with gzip or zstd or not; one file, a folder,
+a glob in quotes, a URL, or `-` for JSONL from stdin.
 
 The prompt is rendered with the tokenizer's chat template where it has one and with a plain template otherwise, and
-carries no loss unless --train_on_prompt True. Each answer ends with EOS, which is a target, and each row begins with
-exactly one BOS where the tokenizer adds one.
+carries no loss unless --train_on_prompt True. What is trained is what is served: the ids before each answer that is
+learned are those that a model gets when it is asked. Each answer ends with EOS, which is a target, and each row begins
+with exactly one BOS where the tokenizer adds one.
 
 Writes a `datasets` folder with `input_ids`, `labels` (-100 where no loss) and, with --packing True, `position_ids`.
 Rows of `mcq` that are not packed also keep `options`, every option's completion, for tools/evaluate.py. Documents that
 are not packed keep all their ids and have no labels: training draws passages from them (--random_passage True).
-`ledger.json` in it says: rows and tokens in = kept + lost for each reason, the template, and the tokenizer's hash.
-The folder appears under its name only when it is complete.
+`ledger.json` in it says: rows and tokens in = kept + lost for each reason, fields in = used + ignored + not used, the
+template, its date, and how the tokenizer behaves. The folder appears under its name only when it is complete.
 
 How it works: the input is cut into chunks of some hundred rows, each worker turns chunks into arrays of ids, and the
 arrays are written in the order of the input. So memory does not grow with the input, and the result does not depend on
-the number of workers.
+the number of workers. The parts: reading.py (files), fields.py (what a row may hold), rendering.py and chat_template.py
+(texts), encoding.py (ids), ledger.py (figures) and writing.py (packing, and the folder).
 """
 
+import datetime
 import gc
+import json
 import multiprocessing
 import os
 import re
@@ -44,10 +52,12 @@ from pathlib import Path
 # The parts of this program are imported as data_sample.<part>, from the repository root, which Python does not search
 # when this file is started by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data_sample.encoding import ChunkResult, Tokenization
-from data_sample.ledger import Ledger, plot_lengths, print_ledger, summarize
+from data_sample.chat_template import chat_template_of, writes_date
+from data_sample.encoding import ChunkResult, Complaint, Tokenization
+from data_sample.fields import USED
+from data_sample.ledger import Ledger, explain_empty_split, plot_lengths, print_ledger, summarize
 from data_sample.reading import Files, find_files, hash_files, read_chunks
-from data_sample.rendering import apply_template, make_template, vocabulary_hash
+from data_sample.rendering import fingerprint_tokenizer, make_template, vocabulary_hash
 from data_sample.writing import SetWriter, publish
 
 SHOWN_BROKEN_ROWS = 10
@@ -69,9 +79,12 @@ class Arguments:
     max_length: int = field(
         default=512, metadata={"help": "most tokens of a row; documents that are not packed may have more"}
     )
-    on_long: str = field(
-        default="drop",
-        metadata={"help": "a longer row: drop | truncate | split (into rows) | error; the ledger counts each"},
+    on_long: str | None = field(
+        default=None,
+        metadata={
+            "help": "a longer row: drop | truncate | split (into rows) | error; the ledger counts each; default: drop, "
+            "or split for documents that are packed"
+        },
     )
     packing: bool = field(
         default=False, metadata={"help": "join whole documents into rows of at most --max_length tokens"}
@@ -85,6 +98,15 @@ class Arguments:
     )
     template: str | None = field(
         default=None, metadata={"help": "mcq: text file with {question} where question and options go"}
+    )
+    columns: str | None = field(
+        default=None,
+        metadata={"help": "columns with other names, as in question=Frage,answer=Antwort or instruction=q,output=a"},
+    )
+    first_label: int = field(default=0, metadata={"help": "mcq: the label of the first option, 0 or 1"})
+    date: str | None = field(
+        default=None,
+        metadata={"help": "YYYY-MM-DD: the day for chat templates that write one; default: today"},
     )
     on_bad_row: str = field(
         default="error", metadata={"help": "a row that is broken or lacks a field: error | skip; both name it"}
@@ -118,7 +140,13 @@ CHOICES = {
 
 
 def check_arguments(args: Arguments) -> None:
-    """Raises ValueError with every mistake that can be seen before anything is read."""
+    """Completes the arguments; raises ValueError with every mistake that can be seen before anything is read."""
+    if args.on_long is None:
+        args.on_long = "drop"
+        if args.format == "text" and args.packing:
+            args.on_long = "split"
+    if args.date is None:
+        args.date = datetime.date.today().isoformat()
     mistakes = find_input_mistakes(args)
     for name, choices in CHOICES.items():
         if getattr(args, name) not in choices:
@@ -129,6 +157,13 @@ def check_arguments(args: Arguments) -> None:
         mistakes.append(f"--on_long {args.on_long}: the answer, which is what is learned, stands at the end of a "
                         "question and would be cut off; choose drop or error, or raise --max_length")  # fmt: skip
     mistakes += find_template_mistakes(args)
+    mistakes += find_column_mistakes(args)
+    if args.first_label not in (0, 1):
+        mistakes.append(f"--first_label {args.first_label}: labels count from 0 or from 1")
+    try:
+        datetime.date.fromisoformat(args.date)
+    except ValueError:
+        mistakes.append(f"--date {args.date}: a day as YYYY-MM-DD")
     if not 0 <= args.val_size < 1:
         mistakes.append(f"--val_size {args.val_size}: a share of the rows, at least 0 and below 1")
     if args.num_proc < 1:
@@ -169,6 +204,28 @@ def find_template_mistakes(args: Arguments) -> list[str]:
     return []
 
 
+def parse_columns(args: Arguments) -> dict[str, str]:
+    """Fields and the columns that hold them, of `question=Frage,answer=Antwort`."""
+    columns = {}
+    for part in (args.columns or "").split(","):
+        if part.strip():
+            name, _, column = part.partition("=")
+            columns[name.strip()] = column.strip()
+    return columns
+
+
+def find_column_mistakes(args: Arguments) -> list[str]:
+    known = USED.get(args.format, [])
+    mistakes = []
+    for name, column in parse_columns(args).items():
+        if name not in known:
+            mistakes.append(f"--columns {name}={column}: --format {args.format} has no field {name}; it has "
+                            f"{', '.join(known[:5])} and others")  # fmt: skip
+        elif not column:
+            mistakes.append(f"--columns {name}: write {name}=COLUMN")
+    return mistakes
+
+
 def find_output_mistakes(args: Arguments) -> list[str]:
     part = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     if not part or not 1 <= int(part[1]) <= int(part[2]):
@@ -207,23 +264,47 @@ def load_tokenizer(args: Arguments):
     """Raises ValueError if there is none, or training or generation could not work with it."""
     from transformers import AutoTokenizer
 
+    flag = f"--tokenizer_path {args.tokenizer_path}"
+    folder = Path(args.tokenizer_path)
+    files = [name for name in ("tokenizer.json", "tokenizer_config.json") if (folder / name).is_file()]
+    if (folder / "tokenizer.model").is_file() and not files:
+        # transformers would open it, with neither BOS nor the space before the first word.
+        raise ValueError(f"{flag}: tokenizer.model stands alone, as in Meta's folders; name the folder of a converted "
+                         "model (convert_llama_weights_to_hf.py)")  # fmt: skip
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_path)
-    except (ValueError, OSError) as problem:
-        raise ValueError(f"--tokenizer_path {args.tokenizer_path}: no tokenizer can be loaded ({problem})") from None
-    if tokenizer.eos_token_id is None:
+        # Code that lies in the folder is never run, and nobody is asked whether it may.
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_path, trust_remote_code=False)
+    except Exception as problem:  # each kind of tokenizer raises its own
+        raise ValueError(f"{flag}: no tokenizer can be loaded ({explain_tokenizer(folder, problem)})") from None
+    if not tokenizer.eos_token:
         raise ValueError(
-            f"--tokenizer_path {args.tokenizer_path}: it has no EOS token, so a model trained on its "
-            "ids would never stop; set eos_token in its tokenizer_config.json"
+            f"{flag}: it has no EOS token, so a model trained on its ids would never stop; set eos_token in its "
+            "tokenizer_config.json"
         )
     if args.format == "chat" and tokenizer.chat_template is None:
         raise ValueError(
-            f"--tokenizer_path {args.tokenizer_path}: it has no chat template, so nothing says how a conversation is "
-            "written; name the tokenizer of a chat or Instruct model, or put chat_template.jinja into the folder"
+            f"{flag}: it has no chat template, so nothing says how a conversation is written; name the tokenizer of a "
+            "chat or Instruct model, or put chat_template.jinja into the folder"
         )
-    if args.format != "text":
-        apply_template(tokenizer, "question", "answer", tokenizer.chat_template is not None)
+    if args.format != "text" and tokenizer.chat_template is not None:
+        try:
+            chat_template_of(tokenizer, args.date)
+        except ValueError as problem:
+            raise ValueError(f"{flag}: {problem}") from None
     return tokenizer
+
+
+def explain_tokenizer(folder: Path, problem: Exception) -> str:
+    """What kept a tokenizer from being loaded, in words that a user can act on."""
+    config = folder / "tokenizer_config.json"
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        empty = [name for name in ("bos_token", "eos_token", "unk_token") if settings.get(name) == ""]
+    except (ValueError, OSError, AttributeError):
+        empty = []
+    if empty:
+        return (f"{', '.join(empty)} in {config} are empty texts; LLaMA's are <s>, </s> and <unk>")  # fmt: skip
+    return f"{type(problem).__name__}: {str(problem).strip() or 'it says no more'}"
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -289,8 +370,7 @@ def build(args: Arguments, tokenizer) -> dict[str, dict]:
     """
     gc.freeze()  # what the imports made is not searched for garbage again and again
     gc.set_threshold(100_000)  # nor are a chunk's lists, which die without a search
-    has_chat_template = tokenizer.chat_template is not None
-    template = make_template(args.format, has_chat_template, args.answer, args.template)
+    template = describe_template(args, tokenizer)
     files = find_files(args.input, args.format)
     facts = describe_input(args, tokenizer, template, files)
     outputs = output_folders(args)
@@ -305,6 +385,7 @@ def build(args: Arguments, tokenizer) -> dict[str, dict]:
         for split, folder in folders.items():
             writers[split] = SetWriter(folder, made.columns, args.packing, args.max_length)
         ledger = tokenize(made, writers, read_chunks(files.paths, args.shard))
+        refuse_empty_sets(args, outputs, ledger)
         ledgers = {}
         for split, writer in writers.items():
             ledgers[split] = finish_split(args, split, writer, ledger, facts)
@@ -316,6 +397,31 @@ def build(args: Arguments, tokenizer) -> dict[str, dict]:
     return ledgers
 
 
+def refuse_empty_sets(args: Arguments, outputs: dict[str, Path], ledger: Ledger) -> None:
+    """Raises ValueError with the largest reason if no row of a split was kept: training could do nothing with it.
+
+    A part of a set may be empty by chance, if it has lost nothing: the other parts have rows.
+    """
+    for split, output in outputs.items():
+        if ledger.splits[split].documents > 0:
+            continue
+        balance = ledger.balance_rows(split)
+        is_part = args.shard != "1/1"
+        if not is_part or balance["in"] > balance["other_split"]:
+            raise ValueError(f"--output {output}: no row of it was kept, so nothing was written; "
+                             f"{explain_empty_split(ledger, split)}")  # fmt: skip
+
+
+def describe_template(args: Arguments, tokenizer) -> dict:
+    """The template of the set, which the ledger keeps for the programs that will ask the model."""
+    has_chat_template = tokenizer.chat_template is not None
+    date = None
+    if has_chat_template and args.format != "text" and writes_date(tokenizer):
+        date = args.date
+    columns = parse_columns(args)
+    return make_template(args.format, has_chat_template, args.answer, args.template, columns, args.first_label, date)
+
+
 def tokenize(made: Tokenization, writers: dict[str, SetWriter], chunks: Iterator[list]) -> Ledger:
     """Writes all rows of the input."""
     from tqdm import tqdm
@@ -323,16 +429,36 @@ def tokenize(made: Tokenization, writers: dict[str, SetWriter], chunks: Iterator
     ledger = Ledger()
     with tqdm(desc="tokenizing", unit=" rows", mininterval=1) as progress:
         for result in tokenize_chunks(made, made.args.num_proc, chunks):
+            num_shown = max(0, SHOWN_BROKEN_ROWS - ledger.rows_broken)
+            ledger.add(result.ledger)
+            refuse_broken_rows(made.args, result.complaints, ledger)
+            for complaint in result.complaints[:num_shown]:
+                progress.write(f"skipped {complaint.place}: {complaint.problem}", file=sys.stderr)
             for split, batch in result.batches.items():
                 writers[split].add(batch)
-            num_shown = max(0, SHOWN_BROKEN_ROWS - ledger.rows_broken)
-            for complaint in result.complaints[:num_shown]:
-                progress.write(f"skipped {complaint}", file=sys.stderr)
-            ledger.add(result.ledger)
             progress.update(result.ledger.rows_in)
     if ledger.rows_broken > SHOWN_BROKEN_ROWS:
         print(f"skipped {ledger.rows_broken - SHOWN_BROKEN_ROWS:,} more broken rows", file=sys.stderr)
     return ledger
+
+
+def refuse_broken_rows(args: Arguments, complaints: list[Complaint], ledger: Ledger) -> None:
+    """Raises ValueError for the first broken row, unless --on_bad_row skip allows it.
+
+    As long as no good row was seen, skipping is no remedy, and the row is described instead.
+    """
+    for complaint in complaints:
+        if complaint.forbids_skipping:
+            raise ValueError(f"{complaint.place}: {complaint.problem}")
+    if not complaints or args.on_bad_row == "skip":
+        return
+    first = complaints[0]
+    message = f"{first.place}: {first.problem}"
+    if ledger.rows_in > ledger.rows_broken:
+        message += "\n--on_bad_row skip goes on without such rows, and counts them"
+    elif first.hint:
+        message += f"\n{first.hint}"
+    raise ValueError(message)
 
 
 def finish_split(args: Arguments, split: str, writer: SetWriter, ledger: Ledger, facts: dict) -> dict:
@@ -360,6 +486,7 @@ def describe_input(args: Arguments, tokenizer, template: dict, files: Files) -> 
     if tokenizer_json.is_file():
         facts["tokenizer_json_sha256"] = hash_files([str(tokenizer_json)])
     facts["vocabulary_sha256"] = vocabulary_hash(tokenizer)
+    facts["tokenizer_fingerprint"] = fingerprint_tokenizer(tokenizer)
     facts["template"] = template
     return facts
 
@@ -374,13 +501,20 @@ def main() -> None:
         check_arguments(args)
         ledgers = build(args, load_tokenizer(args))
     except (ValueError, OSError) as mistake:
-        sys.exit(f"error: {mistake}")
+        sys.exit(f"error: {explain_unknown_flags(str(mistake))}")
     except KeyboardInterrupt:
         sys.exit("interrupted; nothing was written")
     for split, output in output_folders(args).items():
         print_ledger(ledgers[split], output)
     if args.plot:
         plot_lengths(ledgers["train"], Path(args.plot))
+
+
+def explain_unknown_flags(message: str) -> str:
+    """Adds a remedy where the shell has turned a glob into several files."""
+    if "not used by the HfArgumentParser" in message and any(Path(name).is_file() for name in sys.argv[1:]):
+        message += "\nput a glob in quotes, as in --input 'data/*.jsonl', so that the shell does not replace it"
+    return message
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +45,8 @@ from data_collator import (
     summed_loss,
     vocabulary_hash,
 )
+from data_sample import tokenize_dataset
+from data_sample.rendering import fingerprint_tokenizer
 
 few_examples = settings(deadline=None, max_examples=60)
 
@@ -138,6 +141,129 @@ def test_a_set_made_with_another_tokenizer_is_an_error(tmp_path):
     assert len(TokenizedDataset(folder, tokenizer=tokenizer)) == 2
     with pytest.raises(ValueError, match="another tokenizer"):
         TokenizedDataset(folder, tokenizer=other)
+
+
+def test_a_set_made_with_a_tokenizer_that_behaves_otherwise_is_an_error(tmp_path):
+    """The same vocabulary, and another space before the first word: every row would begin wrongly."""
+    tokenizer = make_tokenizer()
+    ledger = {"vocabulary_sha256": vocabulary_hash(tokenizer), "template": {"format": "alpaca", "chat": False}}
+    ledger["tokenizer_fingerprint"] = fingerprint_tokenizer(tokenizer)
+    folder = save_rows(random_rows(2), tmp_path / "set", ledger)
+    assert len(TokenizedDataset(folder, tokenizer=tokenizer)) == 2
+    tokenizer.chat_template = "{{ messages[0].content }}"  # the set has no text of one
+    assert len(TokenizedDataset(folder, tokenizer=tokenizer)) == 2
+    other = make_tokenizer(adds_bos=False)
+    with pytest.raises(ValueError, match="behaves otherwise: 'Hello world' is .* there and .* here; tokenize again"):
+        TokenizedDataset(folder, tokenizer=other)
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# The parts of a set
+# -------------------------------------------------------------------------------------------------------------------
+
+PART = {"format": "alpaca", "input_sha256": "a", "max_length": 512, "template": {"format": "alpaca"}, "targets": 10}
+
+
+def save_parts(folder: Path, sizes: list[int], name: str = "out", ledgers: dict | None = None) -> list[dict]:
+    """Folders as --shard writes them. Returns the rows of all of them in their order."""
+    rows = random_rows(sum(sizes))
+    start = 0
+    for number, size in enumerate(sizes, 1):
+        ledger = PART | {"sha256": f"hash {number}", "shard": f"{number}/{len(sizes)}"}
+        if ledgers and number in ledgers:
+            ledger |= ledgers[number]
+        save_rows(rows[start : start + size], folder / f"{name}-{number}-of-{len(sizes)}", ledger)
+        start += size
+    return rows
+
+
+@pytest.mark.parametrize("name", ["out", "out-*-of-4", "out-*-of-*"])
+def test_the_parts_of_a_set_are_read_as_one_and_each_row_once_an_epoch(tmp_path, name):
+    rows = save_parts(tmp_path, [60, 3, 3, 3])
+    save_parts(tmp_path, [5], name="out_val")
+    dataset = TokenizedDataset(tmp_path / name)
+    assert [{name: ids.tolist() for name, ids in row.items()} for row in dataset] == rows
+    training_rows = TrainingRows(dataset, rows_per_step=3, num_train_epochs=1, max_steps=-1, seed=42)
+    assert len(training_rows) == 69
+    found = [training_rows[i]["input_ids"].tolist() for i in range(69)]
+    assert sorted(found) == sorted(row["input_ids"] for row in rows)
+    assert found != [row["input_ids"] for row in rows]
+    assert dataset.ledger["sha256"] == ["hash 1", "hash 2", "hash 3", "hash 4"]
+    assert dataset.ledger["targets"] == 40 and dataset.ledger["template"] == PART["template"]
+    assert [Path(part).name for part in dataset.ledger["parts"]] == [f"out-{number}-of-4" for number in range(1, 5)]
+
+
+def test_more_than_nine_parts_stand_in_the_order_of_their_numbers(tmp_path):
+    rows = save_parts(tmp_path, [1] * 11)
+    assert [row["input_ids"].tolist() for row in TokenizedDataset(tmp_path / "out")] == [r["input_ids"] for r in rows]
+
+
+def test_a_part_may_have_no_rows_and_all_parts_must_not(tmp_path):
+    rows = save_parts(tmp_path, [0, 4, 0])
+    assert len(TokenizedDataset(tmp_path / "out")) == len(rows) == 4
+    save_parts(tmp_path, [0, 0], name="none")
+    with pytest.raises(ValueError, match="no rows"):
+        TokenizedDataset(tmp_path / "none")
+
+
+def test_a_folder_of_that_name_goes_before_parts_and_one_part_can_be_named(tmp_path):
+    save_parts(tmp_path, [2, 3])
+    assert len(TokenizedDataset(tmp_path / "out-2-of-2")) == 3
+    save_rows(random_rows(7), tmp_path / "out")
+    assert len(TokenizedDataset(tmp_path / "out")) == 7
+
+
+def test_parts_are_mixed_with_other_sets_as_one_set(tmp_path):
+    save_parts(tmp_path, [4, 2])
+    save_rows(random_rows(10), tmp_path / "general")
+    dataset = TokenizedDataset(f"{tmp_path}/out:3,{tmp_path}/general:1")
+    assert dataset.rows_per_epoch == [6, 2]
+    assert dataset.ledger["sha256"][0] == [["hash 1", "hash 2"], 6]
+
+
+@pytest.mark.parametrize("name", ["out", "out-*-of-3"])
+def test_a_missing_part_is_an_error_that_names_it(tmp_path, name):
+    save_parts(tmp_path, [2, 2, 2])
+    (tmp_path / "out-2-of-3").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="out-2-of-3 is missing; make it with .*--shard 2/3"):
+        TokenizedDataset(tmp_path / name)
+
+
+def test_parts_of_two_sets_are_not_mixed(tmp_path):
+    save_parts(tmp_path, [2, 2])
+    save_parts(tmp_path, [2, 2, 2])
+    with pytest.raises(ValueError, match=r"parts of 2 and of 3; name one set, such as .*out-\*-of-3"):
+        TokenizedDataset(tmp_path / "out")
+    assert len(TokenizedDataset(tmp_path / "out-*-of-2")) == 4
+    mix = f"{tmp_path}/out-1-of-2,{tmp_path}/out-2-of-2"
+    with pytest.raises(ValueError, match="mixes parts of one set; name the set, .*/out, and all its parts"):
+        TokenizedDataset(mix)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("template", {"format": "alpaca", "date": "2026-01-02"}), ("max_length", 9), ("input_sha256", "b")],
+)
+def test_parts_that_were_made_with_other_flags_are_an_error(tmp_path, name, value):
+    save_parts(tmp_path, [2, 2], ledgers={2: {name: value}})
+    with pytest.raises(ValueError, match=f"its parts differ in {name}, so they are not parts of one set"):
+        TokenizedDataset(tmp_path / "out")
+
+
+def test_the_parts_that_the_program_writes_are_the_whole_set(tmp_path):
+    tokenizer = make_tokenizer()
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text("".join(json.dumps({"instruction": f"Say {i}.", "output": str(i)}) + "\n" for i in range(10)))
+    for shard in ("1/1", "1/4", "2/4", "3/4", "4/4"):
+        args = tokenize_dataset.Arguments(input=str(raw), format="alpaca", output=str(tmp_path / "set"), shard=shard)
+        if shard == "1/1":
+            args.output = str(tmp_path / "whole")
+        tokenize_dataset.check_arguments(args)
+        tokenize_dataset.build(args, copy.deepcopy(tokenizer))
+    whole = TokenizedDataset(tmp_path / "whole", tokenizer=tokenizer)
+    parts = TokenizedDataset(tmp_path / "set", tokenizer=tokenizer)
+    assert sorted(row["input_ids"].tolist() for row in parts) == sorted(row["input_ids"].tolist() for row in whole)
+    assert parts.ledger["targets"] == whole.ledger["targets"]
 
 
 # -------------------------------------------------------------------------------------------------------------------

@@ -181,7 +181,8 @@ def test_mistakes_are_reported_together(workplace, monkeypatch):
     for part in ("--model_path models/none", "--num_samples 0", "--test_path nowhere.jsonl"):
         assert part in message
     assert "no rows" in stop_message(monkeypatch, "--model_path", "models/tiny", "--test_path", "empty.jsonl")
-    assert "lacks 'sent2'" in stop_message(monkeypatch, "--model_path", "models/tiny", "--test_path", "other.jsonl")
+    message = stop_message(monkeypatch, "--model_path", "models/tiny", "--test_path", "other.jsonl")
+    assert "--test_path other.jsonl: row 1: field sent2 is missing" in message
     assert "no template" in stop_message(monkeypatch, "--model_path", "models/tiny", "--template_path", "empty.jsonl")
     assert "--nonsense" in stop_message(monkeypatch, "--nonsense", 1)
 

@@ -3,7 +3,6 @@
 import csv
 import gzip
 import hashlib
-import importlib.util
 import io
 import json
 import resource
@@ -12,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -27,14 +27,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import data_collator
 from data_collator import IGNORE_INDEX, TokenizedDataset
 from data_sample import ledger as ledgers
-from data_sample import rendering, writing
+from data_sample import rendering, tokenize_dataset, writing
 
 SCRIPT = "data_sample/tokenize_dataset.py"
-specification = importlib.util.spec_from_file_location("tokenize_dataset", ROOT / SCRIPT)
-tokenize_dataset = importlib.util.module_from_spec(specification)
-sys.modules["tokenize_dataset"] = tokenize_dataset  # dataclasses look their module up
-specification.loader.exec_module(tokenize_dataset)
-
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}{{ eos_token }}\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -95,6 +90,18 @@ def tokenize_file(tokenizer, output: Path, **arguments) -> tuple[list[dict], dic
     tokenize_dataset.check_arguments(args)
     ledger = tokenize_dataset.build(args, tokenizer)["train"]
     return rows_of(output), ledger
+
+
+def empty_sets_are_allowed():
+    """For tests with random rows, of which none may be kept: the figures have to balance then, too."""
+    return mock.patch.object(tokenize_dataset, "refuse_empty_sets", lambda args, outputs, ledger: None)
+
+
+def without_eos(text: str) -> str:
+    """An answer as it is learned: EOS at its end is written by the program, and is no part of it."""
+    while text.endswith("</s>"):
+        text = text.removesuffix("</s>")
+    return text
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -252,9 +259,12 @@ def test_the_ledger_balances_and_every_answer_comes_back(
 ):
     tokenizer, path = tokenizers[name], tmp_path_factory.getbasetemp() / "random.jsonl"
     arguments = {"format": "alpaca", "train_on_prompt": train_on_prompt}
-    every_length, before = tokenize(path, raw_rows, tokenizer, **arguments)
-    rows, ledger = tokenize(path, raw_rows, tokenizer, max_length=max_length, **arguments)
+    with empty_sets_are_allowed():
+        every_length, before = tokenize(path, raw_rows, tokenizer, **arguments)
+        rows, ledger = tokenize(path, raw_rows, tokenizer, max_length=max_length, **arguments)
 
+    assert ledger["stripped_eos"] == sum(raw["output"].endswith("</s>") for raw in raw_rows)
+    raw_rows = [raw | {"output": without_eos(raw["output"])} for raw in raw_rows]
     no_target = [raw for raw in raw_rows if not raw["output"].strip()]
     special = [
         raw
@@ -301,12 +311,42 @@ def test_an_empty_answer_is_dropped_and_counted(tmp_path, tokenizers, empty):
 
 
 def test_max_length_is_the_longest_row_that_is_kept(tmp_path, tokenizers):
-    (row,), _ = tokenize(tmp_path / "rows.jsonl", [QUESTION], tokenizers["plain"])
-    length = len(row["input_ids"])
-    for max_length, kept in ((length, 1), (length - 1, 0)):
-        rows, ledger = tokenize(tmp_path / "rows.jsonl", [QUESTION], tokenizers["plain"], max_length=max_length)
-        assert len(rows) == ledger["rows"]["kept"] == kept
-        assert ledger["tokens"]["too_long"] == (1 - kept) * length
+    raw_rows = [QUESTION, QUESTION | {"sent1": QUESTION["sent1"] * 2}]
+    whole, _ = tokenize(tmp_path / "rows.jsonl", raw_rows, tokenizers["plain"])
+    length = len(whole[1]["input_ids"])
+    for max_length, kept in ((length, 2), (length - 1, 1)):
+        rows, ledger = tokenize(tmp_path / "rows.jsonl", raw_rows, tokenizers["plain"], max_length=max_length)
+        assert rows == whole[:kept]
+        assert ledger["rows"]["kept"] == kept
+        assert ledger["tokens"]["too_long"] == (2 - kept) * length
+
+
+EMPTY = {  # rows of which none is kept, flags, and what the message names beside the place of the first
+    "no rows": ([], {}, ["the input has no rows"]),
+    "too long": ([TASK] * 3, {"max_length": 5}, ["longer than --max_length: 3 of 3 rows", "raise --max_length, up to"]),
+    "empty": ([TASK | {"output": " "}, TASK | {"output": ""}], {}, ["nothing to learn", "2 of 2", "not empty"]),
+    "special": ([TASK | {"input": "<s>"}], {}, ["spells a special token: 1 of 1 rows", "take such texts out"]),
+    "broken": ([{"instruction": "a"}], {"on_bad_row": "skip"}, ["broken row: 1 of 1 rows"]),
+    "two reasons": ([TASK | {"input": "<s>"}, {}, {}], {"on_bad_row": "skip"}, ["broken row: 2 of 3 rows"]),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY)
+def test_a_set_of_nothing_is_an_error_with_its_largest_reason(tmp_path, tokenizers, case):
+    raw_rows, flags, fragments = EMPTY[case]
+    flags = {"format": "alpaca", "max_length": 100} | flags
+    with pytest.raises(ValueError, match="rows set: no row of it was kept") as raised:
+        tokenize(tmp_path / "rows.jsonl", raw_rows, tokenizers["plain"], **flags)
+    assert [fragment for fragment in fragments if fragment not in str(raised.value)] == [], str(raised.value)
+    if case in ("too long", "empty", "special"):
+        assert f"the first: {tmp_path / 'rows.jsonl'}, line 1" in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_validation_set_of_nothing_is_an_error(tmp_path, tokenizers):
+    with pytest.raises(ValueError, match="rows set_val: no row of it was kept.*choose another --val_size"):
+        tokenize(tmp_path / "rows.jsonl", [TASK], tokenizers["plain"], format="alpaca", val_size=0.01)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -433,13 +473,22 @@ def test_windows_line_ends_and_a_byte_order_mark_go_through(tmp_path, monkeypatc
     assert len(hashes) == 1
 
 
-def test_a_set_that_lost_every_row_is_refused_by_training(tmp_path, monkeypatch, folders, capsys):
-    raw = write_jsonl(tmp_path / "rows.jsonl", [TASK | {"output": ""}])
-    command = ("--input", raw, "--format", "alpaca", "--tokenizer_path", folders["plain"])
-    run_main(monkeypatch, *command, "--output", tmp_path / "set")
-    assert "0 target tokens in 0 written rows" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no rows.*ledger.json"):
-        TokenizedDataset(tmp_path / "set")
+@pytest.mark.parametrize("val_size", [0, 0.3])
+def test_a_part_of_a_set_may_be_empty_by_chance(tmp_path, tokenizers, val_size):
+    """Four machines, two rows: two of the parts have none. What lost all its rows is an error there, too."""
+    raw = write_jsonl(tmp_path / "rows.jsonl", [TASK] * 2)
+    num_rows = 0
+    for number in range(1, 5):
+        flags = {"shard": f"{number}/4", "val_size": val_size}
+        rows, _ = tokenize_file(
+            tokenizers["plain"], tmp_path / "set", input=str(raw), format="alpaca", max_length=400, **flags
+        )
+        num_rows += len(rows_of(tmp_path / f"set-{number}-of-4"))
+        if val_size:
+            num_rows += len(rows_of(tmp_path / f"set_val-{number}-of-4"))
+    assert num_rows == 2
+    with pytest.raises(ValueError, match="longer than --max_length: 1 of 1 rows"):
+        tokenize_file(tokenizers["plain"], tmp_path / "set", input=str(raw), format="alpaca", max_length=5, shard="1/4")
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -467,7 +516,8 @@ MISTAKES = {  # what the input file holds, further flags, what the message must 
         ["in.jsonl, line 2", "label is 4", "0 to 3"],
     ),
     "negative label": (json.dumps(QUESTION | {"label": -1}), (), ["in.jsonl, line 1", "label is -1"]),
-    "label as text": (json.dumps(QUESTION | {"label": "1"}), (), ["in.jsonl, line 1", "label is '1'"]),
+    "label a word": (json.dumps(QUESTION | {"label": "B"}), (), ["in.jsonl, line 1", "label is 'B'", "count from 0"]),
+    "label between": (json.dumps(QUESTION | {"label": 1.5}), (), ["in.jsonl, line 1", "label is 1.5"]),
     "label True": (json.dumps(QUESTION | {"label": True}), (), ["in.jsonl, line 1", "label is True"]),
     "no label": (json.dumps(question_without("label")), (), ["in.jsonl, line 1", "label"]),
     "no option": (json.dumps(question_without("ending2")), (), ["in.jsonl, line 1", "ending2 is missing"]),
@@ -479,8 +529,8 @@ MISTAKES = {  # what the input file holds, further flags, what the message must 
         ("--format", "alpaca"),
         ["in.jsonl, line 1", "output is not a text"],
     ),
-    "input null": (
-        json.dumps(TASK | {"input": None}),
+    "input a number": (
+        json.dumps(TASK | {"input": 7}),
         ("--format", "alpaca"),
         ["in.jsonl, line 1", "input is not a text"],
     ),
@@ -551,13 +601,75 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "set").exists()
 
 
-def test_a_chat_template_that_cannot_be_masked_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "template", ["{% for m in messages %}{{ m.content }}", "{{ 1 + 'a' }}", "{{ nothing.at.all }}"]
+)
+def test_a_chat_template_that_cannot_render_ends_in_one_message(tmp_path, monkeypatch, template):
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHATML.replace("assistant\n", "assistant\n<think>\n")
-    tokenizer.save_pretrained(tmp_path / "thinking")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "broken")
     raw = write_jsonl(tmp_path / "rows.jsonl", [QUESTION])
-    with pytest.raises(SystemExit, match="chat template does not put the answer behind its generation prompt"):
-        run_main(monkeypatch, "--input", raw, "--tokenizer_path", tmp_path / "thinking", "--output", tmp_path / "set")
+    with pytest.raises(SystemExit, match="--tokenizer_path .*broken: its chat template cannot render .*mend chat_temp"):
+        run_main(monkeypatch, "--input", raw, "--tokenizer_path", tmp_path / "broken", "--output", tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path, tokenizers):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages | length > 3 %}{{ raise_exception('too many turns') }}{% endif %}" + CHATML
+    )
+    good = {"messages": CONVERSATION[1:3]}
+    raw_rows = [good, {"messages": CONVERSATION}, good]
+    with pytest.raises(ValueError, match="line 2: .*cannot render it .TemplateError: too many turns") as raised:
+        tokenize(tmp_path / "rows.jsonl", raw_rows, tokenizer, format="chat")
+    assert "--on_bad_row skip" in str(raised.value)
+    rows, ledger = tokenize(tmp_path / "rows.jsonl", raw_rows, tokenizer, format="chat", on_bad_row="skip")
+    assert len(rows) == 2 and ledger["rows"]["broken"] == 1
+    assert ledger["fields"]["broken"] == 1 + 2 * len(CONVERSATION)
+
+
+@pytest.mark.parametrize("files", [["tokenizer.model"], ["tokenizer.model", "params.json"]])
+def test_metas_folder_is_no_tokenizer(tmp_path, monkeypatch, sentencepiece_tokenizer, files):
+    """transformers would open it, and its ids have neither BOS nor the space before the first word."""
+    original = Path(sentencepiece_tokenizer.name_or_path).parent / "tokenizer.model"
+    (tmp_path / "meta").mkdir()
+    for name in files:
+        (tmp_path / "meta" / name).write_bytes(original.read_bytes())
+    raw = write_jsonl(tmp_path / "rows.jsonl", [QUESTION])
+    with pytest.raises(SystemExit, match="meta: tokenizer.model stands alone, as in Meta's folders"):
+        run_main(monkeypatch, "--input", raw, "--tokenizer_path", tmp_path / "meta", "--output", tmp_path / "set")
+
+
+def test_special_tokens_that_are_empty_texts_end_in_one_message(tmp_path, monkeypatch, sentencepiece_tokenizer):
+    original = Path(sentencepiece_tokenizer.name_or_path).parent / "tokenizer.model"
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "tokenizer.model").write_bytes(original.read_bytes())
+    settings = {"bos_token": "", "eos_token": "", "unk_token": "", "tokenizer_class": "LlamaTokenizer"}
+    (tmp_path / "old" / "tokenizer_config.json").write_text(json.dumps(settings))
+    raw = write_jsonl(tmp_path / "rows.jsonl", [QUESTION])
+    with pytest.raises(
+        SystemExit, match="bos_token, eos_token, unk_token in .* are empty texts; LLaMA's are <s>, </s>"
+    ):
+        run_main(monkeypatch, "--input", raw, "--tokenizer_path", tmp_path / "old", "--output", tmp_path / "set")
+
+
+def test_code_in_the_tokenizers_folder_is_neither_run_nor_asked_about(tmp_path, folders):
+    folder = tmp_path / "remote"
+    folder.mkdir()
+    for path in folders["plain"].iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    raw = write_jsonl(tmp_path / "rows.jsonl", [QUESTION])
+    flags = ["--input", raw, "--tokenizer_path", folder, "--output", tmp_path / "set"]
+    completed = subprocess.run([sys.executable, SCRIPT, *map(str, flags)], cwd=ROOT, input="y\n", capture_output=True,
+                               text=True)  # fmt: skip
+    assert not (tmp_path / "ran").exists()
+    assert "[y/N]" not in completed.stdout + completed.stderr
+    assert "Traceback" not in completed.stderr
 
 
 @pytest.mark.parametrize(
@@ -888,22 +1000,31 @@ ODD = {  # format, what the file holds, and either how many rows are kept or wha
 }
 
 
+GOOD_ROWS = {"mcq": QUESTION, "alpaca": TASK, "chat": {"messages": CONVERSATION}, "text": {"text": "One paper."}}
+
+
 @pytest.mark.parametrize("case", ODD)
 def test_an_odd_row_is_kept_counted_or_named(tmp_path, tokenizers, case):
     format, content, outcome = ODD[case]
-    content = content if isinstance(content, bytes) else json.dumps(content).encode()
+    if not isinstance(content, bytes):
+        content = json.dumps(content).encode()
     (tmp_path / "in.jsonl").write_bytes(content)
     arguments = {"input": str(tmp_path / "in.jsonl"), "format": format, "max_length": 10**7}
-    if isinstance(outcome, str):
-        with pytest.raises(ValueError, match=outcome):
+    if isinstance(outcome, str) or outcome == 0:
+        message = outcome or "no row of it was kept"
+        with pytest.raises(ValueError, match=message):
             tokenize_file(tokenizers["chat"], tmp_path / "set", **arguments)
         assert not (tmp_path / "set").exists()
-        _, ledger = tokenize_file(tokenizers["chat"], tmp_path / "set", on_bad_row="skip", **arguments)
-        assert ledger["rows"]["broken"] == 1
+        # Beside a good row, it is counted.
+        (tmp_path / "in.jsonl").write_bytes(content + b"\n" + json.dumps(GOOD_ROWS[format]).encode())
+        rows, ledger = tokenize_file(tokenizers["chat"], tmp_path / "set", on_bad_row="skip", **arguments)
+        num_good = 2 if case == "not UTF-8" else 1
+        assert len(rows) == ledger["rows"]["kept"] == num_good
+        assert ledger["rows"]["broken"] == isinstance(outcome, str)
         return
     rows, ledger = tokenize_file(tokenizers["chat"], tmp_path / "set", **arguments)
     assert len(rows) == ledger["rows"]["kept"] == outcome and ledger["rows"]["broken"] == 0
-    for row, raw in zip(rows, content.removeprefix(b"\xef\xbb\xbf").splitlines() if outcome else (), strict=True):
+    for row, raw in zip(rows, content.removeprefix(b"\xef\xbb\xbf").splitlines(), strict=True):
         raw = json.loads(raw)
         answer = raw["output"] if format == "alpaca" else raw[f"ending{raw['label']}"]
         assert text_of(tokenizers["chat"], targets_of(row)) == answer + "</s>"
@@ -934,10 +1055,11 @@ def test_every_policy_for_long_rows_balances(
     tokenizers, tmp_path_factory, raw_rows, max_length, on_long, packing, val_size
 ):
     path, tokenizer = tmp_path_factory.getbasetemp() / "long.jsonl", tokenizers["chat"]
-    whole, before = tokenize(path, raw_rows, tokenizer, format="alpaca")
     output = path.parent / "long set"
     arguments = {"format": "alpaca", "max_length": max_length, "on_long": on_long}
-    _, ledger = tokenize(path, raw_rows, tokenizer, packing=packing, val_size=val_size, **arguments)
+    with empty_sets_are_allowed():
+        whole, before = tokenize(path, raw_rows, tokenizer, format="alpaca")
+        _, ledger = tokenize(path, raw_rows, tokenizer, packing=packing, val_size=val_size, **arguments)
     ledgers = {output: ledger}
     if val_size:
         val = output.with_name("long set_val")

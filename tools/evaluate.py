@@ -33,14 +33,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import load_from_disk
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data_collator
-from data_collator import IGNORE_INDEX, DataCollator, TokenizedDataset
+from data_collator import IGNORE_INDEX, DataCollator, TokenizedDataset, find_parts, load_parts
 from data_sample.rendering import LETTERS, adds_bos, find_places
 from tools import loading
 from tools.loading import SAMPLE_MODEL, ModelSource, collect, has_virtual_tokens
@@ -190,7 +189,8 @@ def read_set(args: Arguments, source: ModelSource | None, mistakes: list[str]) -
         checked = open_set(args.dataset_path, source)
     if checked is None or source is None:
         return None
-    data = TestSet("instruction", load_from_disk(args.dataset_path), source.tokenizer, checked.ledger, [])
+    rows = load_parts(find_parts(args.dataset_path))
+    data = TestSet("instruction", rows, source.tokenizer, checked.ledger, [])
     if "options" in data.rows.column_names:
         data.kind = "multiple_choice"
     elif data.ledger.get("format") == "text":
@@ -244,7 +244,7 @@ def check_lengths(source: ModelSource, data: TestSet) -> None:
 
 def draw_shots(args: Arguments, tokenizer) -> list[int]:
     """Whole rows of --shots_path, with their right answers, one after the other."""
-    rows = load_from_disk(args.shots_path)["input_ids"]
+    rows = load_parts(find_parts(args.shots_path))["input_ids"]
     chosen = np.random.default_rng(args.seed).choice(len(rows), size=min(args.shots, len(rows)), replace=False)
     shots = []
     for number in chosen:

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data_collator import find_difference
 from data_sample.rendering import encode_prompt, user_message
 
 SAMPLE_MODEL = "models/SmolLM2-135M-Instruct"
@@ -662,11 +663,14 @@ def find_template(template_path: str | None, receipt: dict, tokenizer, first_row
         first_row: a row to be answered. Its fields choose a template where no file has one.
 
     Raises:
-        ValueError: there is none, several data sets of a run have different ones, or the tokenizer lacks its part.
+        ValueError: there is none, several data sets of a run have different ones, or the tokenizer lacks its part or is
+            not the one of the training.
     """
     dataset = receipt.get("dataset", {})
     if template_path:
         dataset = read_template_file(template_path)
+    else:
+        check_tokenizer(dataset, tokenizer)
     template = choose_template(dataset)
     if template is not None:
         needs_chat_template = template["chat"]
@@ -680,6 +684,19 @@ def find_template(template_path: str | None, receipt: dict, tokenizer, first_row
         raise ValueError("training used a chat template, and the tokenizer has none; put chat_template.jinja beside it")
     template["chat"] = template["chat"] and tokenizer.chat_template is not None
     return template
+
+
+def check_tokenizer(dataset: dict, tokenizer) -> None:
+    """Raises ValueError if the model was trained on the ids of a tokenizer that behaves otherwise.
+
+    Args:
+        dataset: what run.json says about the training set.
+    """
+    for ledger in dataset.get("sets", {"": dataset}).values():
+        difference = find_difference(ledger, tokenizer)
+        if difference:
+            raise ValueError(f"the tokenizer is not the one of the training: {difference}; put the tokenizer's files "
+                             "of the training back, or name a ledger.json to use another one")  # fmt: skip
 
 
 def read_template_file(path: str) -> dict:
@@ -724,14 +741,16 @@ def check_system(source: ModelSource, system: str, template: dict) -> None:
     encode_messages(source, [{"role": "system", "content": system}, user_message("a", template)], template)
 
 
-def encode_messages(source: ModelSource, messages: list[dict], template: dict) -> list[int]:
+def encode_messages(
+    source: ModelSource, messages: list[dict], template: dict, tools: list[dict] | None = None
+) -> list[int]:
     """The ids of a prompt, as they were in training.
 
     Raises:
         ValueError: the chat template refuses the messages, or the model has no room or no embedding for the ids.
     """
     with ask_library("the template refuses it"):  # a chat template is a program, and can fail in any way
-        ids = encode_prompt(source.tokenizer, messages, template)
+        ids = encode_prompt(source.tokenizer, messages, template, tools)
     num_tokens = source.num_virtual_tokens + len(ids)
     if num_tokens >= source.context_length:
         raise ValueError(f"it has {num_tokens} tokens, which leaves no room for an answer: the model can attend to "

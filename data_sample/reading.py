@@ -14,7 +14,10 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import sys
+import tempfile
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,6 +28,8 @@ import pyarrow as pa
 
 CHUNK_ROWS = 512  # a worker gets at most so many rows at once,
 CHUNK_BYTES = 1 << 20  # and stops adding to them at so many bytes
+
+SECONDS_WITHOUT_ANSWER = 60  # after which a web server is given up
 
 # What `datasets` and the hub write beside data.
 METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -108,6 +113,8 @@ def name_some(not_read: list[str]) -> str:
 
 def find_urls(source: str) -> list[str]:
     """The URL, or the URLs that its * stand for, in alphabetical order."""
+    if source.startswith(("http://", "https://")) and "*" not in source:
+        return [source]
     try:
         from fsspec.core import url_to_fs
 
@@ -188,6 +195,8 @@ def open_file(path: str) -> io.BufferedIOBase:
     """
     if path == "-":
         file = sys.stdin.buffer
+    elif path.startswith(("http://", "https://")):
+        file = open_web_address(path)
     elif "://" in path:
         import fsspec
 
@@ -206,6 +215,41 @@ def open_file(path: str) -> io.BufferedIOBase:
     if beginning.startswith(b"\x28\xb5\x2f\xfd"):
         return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd"))
     return file
+
+
+class WebFile(io.RawIOBase):
+    """The answer of a web server. urllib takes a connection that breaks for the end of the file; here it is an error.
+
+    fsspec, which reads other addresses, needs the package aiohttp for those of the web.
+    """
+
+    def __init__(self, address: str):
+        self.response = urllib.request.urlopen(address, timeout=SECONDS_WITHOUT_ANSWER)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        num_bytes = self.response.readinto(buffer)
+        if num_bytes == 0 and self.response.length:  # what the server announced and did not send
+            raise OSError(f"the connection broke {self.response.length:,} bytes before the end")
+        return num_bytes
+
+    def close(self) -> None:
+        self.response.close()
+        super().close()
+
+
+def open_web_address(address: str) -> io.BufferedIOBase:
+    file = io.BufferedReader(WebFile(address))
+    if kind_of(address) not in (".parquet", ".arrow"):
+        return file
+    # The end of such a file says where its rows are, so it has to be here as a whole; on a disk it takes no memory.
+    with file:
+        copy = tempfile.TemporaryFile()
+        shutil.copyfileobj(file, copy)
+    copy.seek(0)
+    return copy
 
 
 def explain_opening(path: str, problem: Exception) -> str:

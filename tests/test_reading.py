@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import os
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -211,13 +212,13 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(tmp_path, request):
     """The address of a web server on this machine that serves some files."""
     write_tree(tmp_path / "web", {"a.jsonl": LINE * 2, "b.jsonl": LINE})
     pq.write_table(pa.Table.from_pylist([ROW] * 3), tmp_path / "web" / "c.parquet")
     with pa.CompressedOutputStream(str(tmp_path / "web" / "d.jsonl.gz"), "gzip") as file:
         file.write(LINE.encode() * 5)
-    handler = functools.partial(QuietHandler, directory=str(tmp_path / "web"))
+    handler = functools.partial(getattr(request, "param", QuietHandler), directory=str(tmp_path / "web"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
         thread = threading.Thread(target=web.serve_forever, daemon=True)
         thread.start()
@@ -225,20 +226,47 @@ def server(tmp_path):
         web.shutdown()
 
 
-@pytest.mark.parametrize(("name", "num_rows"), [("a.jsonl", 2), ("*.jsonl", 3), ("c.parquet", 3), ("d.jsonl.gz", 5)])
+@pytest.mark.parametrize(("name", "num_rows"), [("a.jsonl", 2), ("c.parquet", 3), ("d.jsonl.gz", 5)])
 def test_a_url_is_read_in_passing(server, name, num_rows):
-    pytest.importorskip("aiohttp")  # which fsspec needs for http
     assert read_all(f"{server}/{name}")[0] == [ROW] * num_rows
 
 
+def test_a_glob_of_urls_is_read_where_aiohttp_is_installed(server):
+    pytest.importorskip("aiohttp")  # which fsspec needs to list what a web server has
+    assert read_all(f"{server}/*.jsonl")[0] == [ROW] * 3
+
+
 def test_a_missing_url_ends_in_one_message(server):
-    pytest.importorskip("aiohttp")
-    with pytest.raises(ValueError, match="none.jsonl: cannot be read .*check the address, or download the file"):
+    with pytest.raises(ValueError, match="none.jsonl: cannot be read .*404.*check the address, or download the file"):
         read_all(f"{server}/none.jsonl")
 
 
+def test_a_server_that_does_not_answer_ends_in_one_message(server):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/a.jsonl"
+    with pytest.raises(ValueError, match="a.jsonl: cannot be read .*refused.*check the address"):
+        read_all(url)
+
+
+class BreakingHandler(QuietHandler):
+    """Announces more bytes than it sends, as a connection that breaks does."""
+
+    def send_header(self, name: str, value: str) -> None:
+        if name == "Content-Length":
+            value = str(int(value) + 100)
+        super().send_header(name, value)
+
+
+@pytest.mark.parametrize("server", [BreakingHandler], indirect=True)
+@pytest.mark.parametrize("name", ["a.jsonl", "c.parquet", "d.jsonl.gz"])
+def test_a_connection_that_breaks_is_not_the_end_of_the_file(server, name):
+    with pytest.raises(ValueError, match=f"{name}: cannot be read .the connection broke 100 bytes before the end"):
+        read_all(f"{server}/{name}")
+
+
 @pytest.mark.parametrize(("url", "module", "package"), [
-    ("https://example.org/a.jsonl", "fsspec.implementations.http", "aiohttp"),
+    ("https://example.org/*.jsonl", "fsspec.implementations.http", "aiohttp"),
     ("s3://bucket/a.jsonl", "s3fs", "s3fs"),
     ("gs://bucket/a.jsonl", "gcsfs", "gcsfs"),
 ])  # fmt: skip

@@ -48,7 +48,7 @@ install_torch() {
   if [ "$build" = cu126 ]; then
     .venv/bin/python -m pip install --index-url "$index" "$torch" && return
     echo "error: NVIDIA driver $(driver_version) needs PyTorch's build for CUDA 12.6 from $index, which could not be" \
-      "installed; update the driver to 580 or newer, for which PyPI has a build, or install torch into .venv by hand" >&2
+      "installed; update the driver to 580 or newer, whose build PyPI has, or install torch into .venv by hand" >&2
     return 1
   fi
   # Without an NVIDIA GPU the CPU build saves gigabytes.
@@ -83,7 +83,8 @@ install() {
   .venv/bin/python -m pip install -r .venv/requirements.txt
   # DeepSpeed looks at the installed torch while it is built, so it comes last and without build isolation. Where there
   # is a GPU it would also ask for nvcc, which PyTorch does not bring, although no operator is built here.
-  DS_BUILD_OPS=0 DS_IGNORE_CUDA_DETECTION=1 .venv/bin/python -m pip install --no-build-isolation "$(grep '^deepspeed==' requirements.txt)" ||
+  DS_BUILD_OPS=0 DS_IGNORE_CUDA_DETECTION=1 \
+    .venv/bin/python -m pip install --no-build-isolation "$(grep '^deepspeed==' requirements.txt)" ||
     echo "warning: DeepSpeed could not be installed; only finetune_pp_peft_trainer_deepspeed.py needs it" >&2
   if [ "$#" -gt 0 ]; then
     .venv/bin/python -m pip install -r "$1"

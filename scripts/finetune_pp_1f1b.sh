@@ -2,9 +2,10 @@
 # A true pipeline of LLaMA-7B over processes: finetune_pp_1f1b.py on one node of 8 A100-80G.
 #
 # Effective batch: 4 rows x 32 micro-batches = 128 rows, whatever the number of GPUs.
-# Memory of a GPU: 16 bytes a parameter of its own layers (LLaMA-7B: 108 GB / 8 = 13.5 GB), and the activations of at
-#   most 8 micro-batches of its layers, about 34 x hidden size bytes a layer and token (arXiv:2205.05198; LLaMA-7B: 4
-#   rows of 512 tokens: 1.1 GB a micro-batch).
+# Memory of a GPU: 16 bytes a parameter of its own layers and 2 for a copy in bf16 (LLaMA-7B: 121 GB / 8), and the
+#   activations of at most 8 micro-batches of its layers (LLaMA-7B: 4 rows of 512 tokens: 2 GB a micro-batch).
+# Predicted by tools/plan.py, not measured: 32 GB a GPU (nvidia-smi: 38), 2.6 s a step.
+#   python tools/plan.py --model llama-7b --strategy 1F1B --rows 4 --accumulation 32 --checkpointing False
 # Cost: the bubble, (stages - 1) / (micro-batches + stages - 1) of the time = 7 / 39 = 18 %. Between two stages only one
 #   activation of each micro-batch goes there and its gradient back (LLaMA-7B: 34 MB each in float32), so an ordinary
 #   network between nodes is enough.
@@ -37,6 +38,10 @@ else
   rendezvous=(--nnodes "$NUM_NODES" --node-rank "${NODE_RANK:-0}")
   rendezvous+=(--master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}")
 fi
+# Every batch has another length, and memory in fixed segments would be cut into pieces that fit none of them.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# torchrun would give each process one thread, too few for an optimizer that is offloaded to the CPU.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + NUM_GPUS - 1) / NUM_GPUS))}
 python=python
 [ ! -x .venv/bin/python ] || python=.venv/bin/python
 

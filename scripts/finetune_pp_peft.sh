@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# An adapter on LLaMA-7B in the plain loop: finetune_pp_peft.py, one process, the layers spread over 8 A100-80G.
+# An adapter on LLaMA-7B in the plain loop: finetune_pp_peft.py, one process. Of 8 A100-80G it takes as many as the
+# weights need (LLaMA-7B: one), and spreads the layers over them.
 #
-# Effective batch: 1 process x 16 rows x 8 accumulation steps = 128 rows.
-# Memory: 2 bytes a parameter of the frozen model over all GPUs together (LLaMA-7B: 13.5 GB, so one GPU holds it, too),
-#   16 bytes for each trained one, which are few, and the activations, about 34 x hidden size bytes a layer and token
-#   (arXiv:2205.05198; LLaMA-7B: 4.5 MB a token; 16 rows of 512 tokens: 37 GB together).
-# Cost: one GPU works at a time, so 8 GPUs hold a larger model and are no faster than one.
+# Effective batch: 1 process x 8 rows x 16 accumulation steps = 128 rows.
+# Memory: 2 bytes a parameter of the frozen model over all GPUs together (LLaMA-7B: 13.5 GB), 16 bytes for each trained
+#   one, which are few, and the activations, 7.7 MB a token (8 rows of 512 tokens: 31 GB).
+# Predicted by tools/plan.py, not measured: 45 GB a GPU (nvidia-smi: 51), 13 s a step.
+#   python tools/plan.py --model llama-7b --gpus 1 --strategy pp_peft --rows 8 --accumulation 16 --checkpointing False
+# Cost: one GPU works at a time, so more GPUs hold a larger model and are no faster than one.
 #
 # MODEL DATASET OUTPUT_DIR NUM_GPUS come from the environment (paths as seen from the root of the repository; without
-# NUM_GPUS all visible ones are used), and any flag of the script that is appended wins over those below.
+# NUM_GPUS all visible ones may be used), and any flag of the script that is appended wins over those below.
 #   MODEL=models/llama-13b NUM_GPUS=4 sh scripts/finetune_pp_peft.sh --peft_mode prefix
 #   USE_CPU=1 sh scripts/finetune_pp_peft.sh
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
@@ -27,6 +29,8 @@ if [ -n "${NUM_GPUS:-}" ]; then  # of those that are visible already, or of all:
   CUDA_VISIBLE_DEVICES=$(echo "$visible" | cut -d, -f"1-$NUM_GPUS")
   export CUDA_VISIBLE_DEVICES
 fi
+# Every batch has another length, and memory in fixed segments would be cut into pieces that fit none of them.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 python=python
 [ ! -x .venv/bin/python ] || python=.venv/bin/python
 
@@ -36,7 +40,7 @@ exec "$python" finetune_pp_peft.py \
   --dataset_path "$DATASET" \
   --output_dir "$OUTPUT_DIR" \
   --peft_mode lora \
-  --per_device_train_batch_size 16 \
-  --gradient_accumulation_steps 8 \
+  --per_device_train_batch_size 8 \
+  --gradient_accumulation_steps 16 \
   --learning_rate 1e-3 \
   "$@"

@@ -3,8 +3,9 @@
 #
 # Effective batch: 8 GPUs x 8 rows x 2 accumulation steps = 128 rows.
 # Memory of a GPU: 16 bytes a parameter / GPUs (LLaMA-7B: 108 GB / 8 = 13.5 GB), the layer that computes, and the
-#   activations, about 34 x hidden size bytes a layer and token (arXiv:2205.05198; LLaMA-7B: 4.5 MB a token; 8 rows of
-#   512 tokens: 18 GB).
+#   activations, 6.3 MB a token (8 rows of 512 tokens: 26 GB).
+# Predicted by tools/plan.py, not measured: 41 GB a GPU (nvidia-smi: 47), 2.0 s a step.
+#   python tools/plan.py --model llama-7b --strategy FSDP --rows 8 --accumulation 2 --checkpointing False
 # Cost: each forward and backward gathers every layer twice and reduces its gradient to the shards once.
 #
 # MODEL DATASET OUTPUT_DIR NUM_GPUS come from the environment (paths as seen from the root of the repository), and any
@@ -35,6 +36,10 @@ else
   rendezvous=(--nnodes "$NUM_NODES" --node-rank "${NODE_RANK:-0}")
   rendezvous+=(--master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}")
 fi
+# Every batch has another length, and memory in fixed segments would be cut into pieces that fit none of them.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# torchrun would give each process one thread, too few for an optimizer that is offloaded to the CPU.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + NUM_GPUS - 1) / NUM_GPUS))}
 python=python
 [ ! -x .venv/bin/python ] || python=.venv/bin/python
 

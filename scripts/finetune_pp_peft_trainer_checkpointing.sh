@@ -6,6 +6,8 @@
 # Memory of a GPU: 16 bytes a parameter / GPUs (LLaMA-7B: 108 GB / 8 = 13.5 GB), and of the activations the input of
 #   every layer, 2 x hidden size bytes a token (LLaMA-7B: 0.26 MB a token in 32 layers; 16 rows of 512 tokens: 2 GB),
 #   and all of the one layer that is being recomputed.
+# Predicted by tools/plan.py, not measured: 17 GB a GPU (nvidia-smi: 22), 2.4 s a step.
+#   python tools/plan.py --model llama-7b --strategy FSDP --rows 16 --accumulation 1 --checkpointing True
 # Cost: a second forward, a third more work; every layer is gathered twice a step here, four times without.
 #
 # MODEL DATASET OUTPUT_DIR NUM_GPUS come from the environment (paths as seen from the root of the repository), and any
@@ -36,6 +38,10 @@ else
   rendezvous=(--nnodes "$NUM_NODES" --node-rank "${NODE_RANK:-0}")
   rendezvous+=(--master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}")
 fi
+# Every batch has another length, and memory in fixed segments would be cut into pieces that fit none of them.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# torchrun would give each process one thread, too few for an optimizer that is offloaded to the CPU.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + NUM_GPUS - 1) / NUM_GPUS))}
 python=python
 [ ! -x .venv/bin/python ] || python=.venv/bin/python
 

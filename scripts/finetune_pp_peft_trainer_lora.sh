@@ -3,8 +3,10 @@
 #
 # Effective batch: 8 GPUs x 16 rows x 1 accumulation step = 128 rows.
 # Memory of a GPU: 2 bytes a parameter of the frozen model / GPUs (LLaMA-7B: 13.5 GB / 8 = 1.7 GB), 16 bytes for each
-#   trained one / GPUs, which are few, the layer that computes, and the activations, about 34 x hidden size bytes a
-#   layer and token (arXiv:2205.05198; LLaMA-7B: 4.5 MB a token; 16 rows of 512 tokens: 37 GB).
+#   trained one / GPUs, which are few, the layer that computes, and the activations, 7.7 MB a token (16 rows of 512
+#   tokens: 63 GB).
+# Predicted by tools/plan.py, not measured: 66 GB a GPU (nvidia-smi: 74), 1.7 s a step.
+#   python tools/plan.py --model llama-7b --strategy FSDP+LoRA --rows 16 --accumulation 1 --checkpointing False
 # Cost: each forward and backward gathers every layer twice; gradients of the frozen model are neither made nor sent.
 #
 # MODEL DATASET OUTPUT_DIR NUM_GPUS come from the environment (paths as seen from the root of the repository), and any
@@ -35,6 +37,10 @@ else
   rendezvous=(--nnodes "$NUM_NODES" --node-rank "${NODE_RANK:-0}")
   rendezvous+=(--master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}")
 fi
+# Every batch has another length, and memory in fixed segments would be cut into pieces that fit none of them.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# torchrun would give each process one thread, too few for an optimizer that is offloaded to the CPU.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + NUM_GPUS - 1) / NUM_GPUS))}
 python=python
 [ ! -x .venv/bin/python ] || python=.venv/bin/python
 

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, WITHOUT_BITSANDBYTES
+from conftest import ROOT, WITHOUT_BITSANDBYTES, run_script
 
 PLAIN = ["finetune_pp", "finetune_pp_peft"]
 TRAINERS = ["finetune_pp_peft_trainer", "finetune_pp_peft_trainer_lora", "finetune_pp_peft_trainer_deepspeed",
@@ -42,7 +42,8 @@ def command_of(launcher: str) -> list[str]:
 def clean_environment(**variables) -> dict[str, str]:
     """This environment without what launchers read from it."""
     read = {"NUM_GPUS", "NUM_NODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "MODEL", "DATASET", "OUTPUT_DIR",
-            "USE_CPU", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}  # fmt: skip
+            "USE_CPU", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
+            "PYTORCH_ALLOC_CONF"}  # fmt: skip
     return {name: value for name, value in os.environ.items() if name not in read} | variables
 
 
@@ -105,6 +106,29 @@ def test_what_the_trainer_launchers_repeat_is_equal():
             re.sub(r"(OUTPUT_DIR=\$\{OUTPUT_DIR:-|^MODEL=\$\{MODEL:-)[^}]*", r"\1", piece, flags=re.MULTILINE)
         )
     assert len(pieces[0].splitlines()) > 20 and len(set(pieces)) == 1
+
+
+@pytest.mark.parametrize("launcher", [*LAUNCHERS, "finetune_pp_1f1b"])
+def test_the_predictions_of_a_header_are_those_of_its_command(launcher):
+    """And the rows, accumulation steps and checkpointing of that command are the launcher's."""
+    header = text_of(f"{launcher}.sh").split(GUARD)[0]
+    predicted = re.search(
+        r"^# Predicted by tools/plan.py, not measured: (\S+) GB a GPU \(nvidia-smi: (\S+)\), (\S+) s a step\.\n"
+        r"#   python (tools/plan.py .*)$",
+        header,
+        re.MULTILINE,
+    )
+    question = predicted[4].split()
+    (way,) = json.loads(run_script(*question, "--json", "True").stdout)["rows"]
+    assert float(predicted[1]) == pytest.approx(way["total_bytes"] / 1e9, abs=0.51)
+    assert float(predicted[2]) == pytest.approx(way["nvidia_smi_bytes"] / 1e9, abs=0.51)
+    assert float(predicted[3]) == pytest.approx(way["step_seconds"], rel=0.05)
+    assert way["fits"] and way["nvidia_smi_range"][1] < way["gpu_bytes"]
+    flags = command_of(launcher)
+    assert value_of(flags, "--per_device_train_batch_size") == str(way["rows_of_forward"])
+    assert value_of(flags, "--gradient_accumulation_steps") == str(way["accumulation"])
+    assert ("--gradient_checkpointing" in flags) == way["checkpointing"]
+    assert f"{way['rows_of_forward']} rows" in header.split("Memory")[0]
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -206,6 +230,19 @@ def test_a_cpu_gets_the_sample_model(launcher, told):
     arguments, environment = told(launcher, USE_CPU="1", MODEL="other", OMP_NUM_THREADS="4")
     assert value_of(arguments, "--model_path") == "other" and environment["OMP_NUM_THREADS"] == "4"
     assert "--use_cpu" not in told(launcher, USE_CPU="0")[0]
+
+
+@pytest.mark.parametrize("launcher", [*LAUNCHERS, "finetune_pp_1f1b"])
+def test_gpu_memory_is_not_cut_into_segments_and_a_gpu_process_has_its_share_of_the_cores(launcher, told):
+    _, environment = told(launcher, NUM_GPUS="1")
+    assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    # For one process torch itself takes all cores; torchrun would give each of several a single one.
+    if launcher not in PLAIN:
+        assert environment["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
+    _, environment = told(launcher, NUM_GPUS="999", PYTORCH_ALLOC_CONF="backend:native")
+    assert environment["PYTORCH_ALLOC_CONF"] == "backend:native"
+    if launcher not in PLAIN:
+        assert environment["OMP_NUM_THREADS"] == "1"
 
 
 @pytest.mark.parametrize("launcher", PLAIN)
@@ -400,7 +437,7 @@ def test_the_deepspeed_launcher_trains_by_absolute_path_in_a_folder_with_a_space
                        folder=tmp_path, PATH=path, **places)  # fmt: skip
     assert "+ exec python -m torch.distributed.run --standalone" in completed.stderr
     receipt = check_receipt(launcher, places, {"max_steps": 2, "lora_rank": 4, "learning_rate": 1e-3})
-    assert receipt["identity"]["rows_per_step"] == 2 * 4 * 4
+    assert receipt["identity"]["rows_per_step"] == 2 * 2 * 8
     assert receipt["git_commit"] is None  # it ran in the copy
     assert (places["OUTPUT_DIR"] / "adapter_model.safetensors").is_file()
 

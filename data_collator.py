@@ -155,12 +155,12 @@ def read_ledgers(parts: list[str]) -> dict:
         elif name in SAME_IN_ALL_PARTS:
             raise ValueError(f"its parts differ in {name}, so they are not parts of one set; make all of them with the "
                              "same flags, and with the same --date if the chat template writes one")  # fmt: skip
-    return {
-        **common,
-        "sha256": [ledger.get("sha256") for ledger in ledgers.values()],
-        "targets": sum(ledger.get("targets", 0) for ledger in ledgers.values()),
-        "parts": ledgers,
-    }
+    num_targets = [ledger.get("targets") for ledger in ledgers.values()]
+    if None not in num_targets:
+        common["targets"] = sum(num_targets)
+    common["sha256"] = [ledger.get("sha256") for ledger in ledgers.values()]
+    common["parts"] = ledgers
+    return common
 
 
 def load_parts(parts: list[str]):

@@ -8,7 +8,7 @@ import pytest
 from chat_shapes import TEMPLATES, WITH_CALLS, make_chat_tokenizer, write_call
 from conftest import make_tokenizer
 from datasets import load_from_disk
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -72,6 +72,28 @@ CONVERSATION = {
 }
 # For each template (prompt, target) of both turns, and whether the conversation stays one row.
 EXPECTED = {
+    "default system": (
+        [
+            ("<|system|>\nBe brief.</s>\n<|user|>\nMy ear hurts.</s>\n<|assistant|>\n", "Since when?</s>"),
+            (
+                "<|system|>\nBe brief.</s>\n<|user|>\nMy ear hurts.</s>\n<|assistant|>\nSince when?</s>\n"
+                "<|user|>\nTwo days.</s>\n<|assistant|>\n",
+                "See an ENT doctor.</s>",
+            ),
+        ],
+        True,
+    ),
+    "joins texts": (
+        [
+            ("<|system|>Be brief.</s><|user|>My ear hurts.</s><|assistant|>", "Since when?</s>"),
+            (
+                "<|system|>Be brief.</s><|user|>My ear hurts.</s><|assistant|>Since when?</s><|user|>Two days.</s>"
+                "<|assistant|>",
+                "See an ENT doctor.</s>",
+            ),
+        ],
+        True,
+    ),
     "each alike": (
         [
             ("<|system|>\nBe brief.</s>\n<|user|>\nMy ear hurts.</s>\n<|assistant|>\n", "Since when?</s>"),
@@ -437,7 +459,7 @@ def test_a_date_is_written_in_any_format(chat_tokenizers, format):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_tokenizer_behaves_like_itself(tmp_path, chat_tokenizers, name):
     """The one that training loads from a folder is the one that the set was made with, on any day."""
-    _, ledger = tokenize(tmp_path, [CONVERSATION if name != "joins texts" else GREETING], chat_tokenizers[name])
+    _, ledger = tokenize(tmp_path, [CONVERSATION], chat_tokenizers[name])
     ledger = json.loads(json.dumps(ledger))
     assert ledger["tokenizer_fingerprint"]["rendered"] is not None
     chat_tokenizers[name].save_pretrained(tmp_path / "model")
@@ -445,9 +467,6 @@ def test_a_tokenizer_behaves_like_itself(tmp_path, chat_tokenizers, name):
     assert find_difference(ledger, loaded) is None
     loaded.pad_token = loaded.eos_token  # other programs set one, and it changes no text
     assert find_difference(ledger, loaded) is None
-
-
-GREETING = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]}
 
 
 def test_a_fingerprint_tells_tokenizers_apart_that_have_the_same_vocabulary(tmp_path):
@@ -490,12 +509,18 @@ speech = words.filter(lambda text: text.strip() != "")
 
 @st.composite
 def conversations(draw, with_calls: bool) -> list[dict]:
-    """Messages of all roles: questions, answers with and without reasoning and weight, and calls with their results."""
+    """Messages of all roles: questions, answers with and without reasoning and weight, and calls with their results.
+
+    They may begin with the assistant, and a role may speak twice.
+    """
     messages = []
     if draw(st.booleans()):
         messages.append({"role": "system", "content": draw(words)})
+    if draw(st.integers(0, 5)) == 0:
+        messages.append({"role": "assistant", "content": draw(speech)})
     for _ in range(draw(st.integers(1, 3))):
-        messages.append({"role": "user", "content": draw(words)})
+        for _ in range(draw(st.sampled_from([1, 1, 1, 0, 2]))):
+            messages.append({"role": "user", "content": draw(words)})
         if with_calls and draw(st.booleans()):
             function = {"name": draw(st.sampled_from(["temp", "find"])), "arguments": {"city": draw(words)}}
             call = {"id": "abcdefghi", "type": "function", "function": function}
@@ -567,7 +592,8 @@ def test_any_conversation_is_trained_as_it_is_served(tmp_path_factory, chat_toke
     tools = [TOOL] if name in WITH_CALLS and data.draw(st.booleans()) else None
     expected = []
     for number, message in enumerate(messages):
-        if message["role"] == "assistant" and message.get("weight") != 0:
+        # Before the first message nobody has asked anything.
+        if message["role"] == "assistant" and message.get("weight") != 0 and number > 0:
             prompt = as_served(tokenizer, messages[:number], tools, name)
             ids = tokenizer(prompt, add_special_tokens=False).input_ids
             expected.append((ids, prompt, as_learned(message, name)))
@@ -597,6 +623,7 @@ def test_what_serves_renders_the_prompt_of_training(tmp_path_factory, chat_token
     while row["messages"][-1]["role"] != "assistant":
         row["messages"].pop()
     row["messages"][-1].pop("weight", None)
+    assume(len(row["messages"]) > 1)
     rows, ledger = tokenize(tmp_path_factory.getbasetemp(), [row], tokenizer)
     last_turn = max((turn for made in rows for turn in turns_of(made)), key=lambda turn: len(turn[0]))
     messages = rendering.messages_before_answer(row, ledger["template"])

@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import ROOT, make_tokenizer, random_rows, run_script, save_rows, save_tiny_model
 from datasets import load_from_disk
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from data_sample.rendering import fingerprint_tokenizer
 from tools import evaluate
 
 
@@ -375,6 +376,27 @@ def test_an_adapter_that_does_not_fit_is_refused_by_both_names(tiny_model, tiny_
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     assert "adapter_model.safetensors is cut off" in stop_message(monkeypatch, *flags)
+
+
+def test_a_tokenizer_that_is_not_that_of_the_set_is_refused(tiny_model, tmp_path, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    fingerprint = fingerprint_tokenizer(tokenizer)
+    fingerprint["texts"][0][1] = [7]
+    folder = save_rows(random_rows(2), tmp_path / "set", {"tokenizer_fingerprint": fingerprint})
+    message = stop_message(monkeypatch, "--model_path", tiny_model, "--dataset_path", folder)
+    assert f"--dataset_path {folder}: it was made with a tokenizer that behaves otherwise" in message
+    assert "'Hello world' is [7] there and [" in message
+
+
+def test_the_parts_of_a_set_are_scored_as_one(tiny_model, tmp_path):
+    rows = random_rows(6)
+    save_rows(rows, tmp_path / "whole")
+    for number in (1, 2):
+        save_rows(rows[3 * number - 3 : 3 * number], tmp_path / f"out-{number}-of-2")
+    for name in ("whole", "out"):
+        args = evaluate.Arguments(model_path=str(tiny_model), dataset_path=str(tmp_path / name), use_cpu=True)
+        (run,) = evaluate.check_arguments(args)
+        assert list(run.data.rows) == rows
 
 
 def test_mistakes_are_reported_together(tmp_path, monkeypatch):

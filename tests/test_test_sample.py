@@ -332,6 +332,52 @@ def test_a_mix_with_several_templates_asks_which(workplace, monkeypatch):
     assert "ledger.json of one of set0, set1" in stop_message(monkeypatch, "--model_path", "models/tiny")
 
 
+def run_of(workplace, template: dict):
+    """A model of a run, whose set was made with its tokenizer. Returns the model's folder and the tokenizer."""
+    folder = save_tiny_model(workplace / "models" / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    ledger = {"template": template, "tokenizer_fingerprint": rendering.fingerprint_tokenizer(tokenizer)}
+    (workplace / "ledger.json").write_text(json.dumps(ledger))
+    (folder / "run.json").write_text(json.dumps({"dataset": ledger}))
+    return folder, tokenizer
+
+
+def prompts_of(*flags) -> list[list[int]]:
+    (args,) = test_sample.HfArgumentParser(test_sample.Arguments).parse_args_into_dataclasses(list(map(str, flags)))
+    return test_sample.check_arguments(args).prompts
+
+
+def test_a_tokenizer_that_is_not_that_of_the_training_is_refused(workplace, monkeypatch):
+    """Same vocabulary, another chat template: the model would be asked in words that it never saw."""
+    folder, tokenizer = run_of(workplace, {"format": "chat", "chat": True})
+    rows = workplace / "rows.jsonl"
+    rows.write_text('{"prompt": "Hi"}\n')
+    flags = ["--model_path", folder, "--test_path", rows]
+    assert tokenizer.decode(prompts_of(*flags)[0]) == "<s><|user|>\nHi</s>\n<|assistant|>\n"
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("assistant", "helper")
+    tokenizer.save_pretrained(folder)
+    message = stop_message(monkeypatch, *flags)
+    assert "the tokenizer is not the one of the training: its chat template is another one" in message
+    # With a template that the user names, another tokenizer is no mistake.
+    prompts = prompts_of(*flags, "--template_path", workplace / "ledger.json")
+    assert tokenizer.decode(prompts[0]).endswith("<|helper|>\n")
+
+
+def test_the_date_and_the_tools_of_the_training_are_served(workplace):
+    template = "{{ strftime_now('%d %b %Y') }}{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
+    folder, tokenizer = run_of(workplace, {"format": "chat", "chat": True, "date": "2031-12-24"})
+    tokenizer.chat_template = template + CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    ledger = {"template": {"format": "chat", "chat": True, "date": "2031-12-24"}}
+    (folder / "run.json").write_text(json.dumps({"dataset": ledger}))
+    row = {"messages": CONVERSATION["messages"][1:], "tools": [{"name": "look_up", "parameters": {}}]}
+    (workplace / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (prompt,) = prompts_of("--model_path", folder, "--test_path", workplace / "rows.jsonl")
+    assert tokenizer.decode(prompt).startswith("<s>24 Dec 2031look_up<|user|>\n")
+
+
 OTHER_MODES = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("prefix", "ptuning", "prompt")]
 
 

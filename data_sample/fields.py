@@ -22,11 +22,14 @@ MAX_OPTIONS = len(LETTERS)
 # The table of known fields
 # -------------------------------------------------------------------------------------------------------------------
 
-# What each format uses. For mcq: the form of this project and of SWAG; that of MedQA and, with choices, of MMLU; of
-# MedMCQA; of C-Eval; and of PubMedQA, whose own files write QUESTION and CONTEXTS.
+# Fields that name the right option beside `question`: by its letter, its text or its number.
+ANSWERS = ["answer_idx", "answer", "label", "answerKey", "answer_index"]
+
+# What each format uses. For mcq: the form of this project and of SWAG; that of MedQA and MMLU-Pro, and with choices of
+# MMLU and ARC; of MedMCQA; of C-Eval; and of PubMedQA, whose own files write QUESTION and CONTEXTS.
 USED = {
-    "mcq": ["sent1", "sent2", *(f"ending{number}" for number in range(MAX_OPTIONS)), "label",
-            "question", "options", "choices", "answer", "answer_idx",
+    "mcq": ["sent1", "sent2", *(f"ending{number}" for number in range(MAX_OPTIONS)),
+            "question", "options", "choices", *ANSWERS,
             "opa", "opb", "opc", "opd", "cop",
             *LETTERS,
             "context", "final_decision", "QUESTION", "CONTEXTS"],
@@ -338,7 +341,7 @@ def read_question(row: dict, first_label: int, needs_answer: bool) -> tuple[dict
     elif "question" in row and {"options", "choices", "A"} & row.keys():
         question = {"sent1": take_text(row, "question"), "sent2": ""}
         options, used = read_options_of_row(row)
-        label, labels = read_answer(row, ["answer_idx", "answer", "label"], options, first_label)
+        label, labels = read_answer(row, ANSWERS, options, first_label)
         used += ["question", *labels]
     else:
         raise ValueError("field sent1 is missing")
@@ -403,13 +406,21 @@ def read_label(row: dict, name: str, num_options: int, first_label: int) -> tupl
     number = as_whole_number(row[name])
     if number is not None and first_label <= number <= last_label:
         return number - first_label, [name]
-    if name == "cop" and first_label == 0 and number == num_options:
-        raise FirstLabelError(f"field cop is {number}: this file counts the options from 1, as MedMCQA's own files do, "
-                              "and the files on the hub count from 0; add --first_label 1")  # fmt: skip
+    if name == "cop":
+        check_first_label(number, name, num_options, first_label)
     raise ValueError(
         f"field {name} is {row[name]!r}, expected a number from {first_label} to {last_label}: "
         f"labels count from {first_label} (--first_label)"
     )
+
+
+def check_first_label(number: int | None, name: str, num_options: int, first_label: int) -> None:
+    """Raises FirstLabelError if a number shows that the options are counted from 1, as in MedMCQA's own files.
+
+    Its files on the hub count from 0, so that the name of a field says nothing about it.
+    """
+    if first_label == 0 and number == num_options:
+        raise FirstLabelError(f"field {name} is {number}: this file counts the options from 1; add --first_label 1")
 
 
 class FirstLabelError(ValueError):
@@ -476,6 +487,7 @@ def find_option(value, name: str, options: dict[str, str], first_label: int) -> 
         return meanings.pop()
     if meanings:
         raise ValueError(f"field {name} is {value!r}, which names one option by its text and another by its number")
+    check_first_label(number, name, len(options), first_label)
     raise ValueError(f"field {name} is {value!r}, which names none of the options {', '.join(letters)}")
 
 

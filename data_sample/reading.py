@@ -130,15 +130,16 @@ def walk(folder: str, kinds: list[str]) -> Files:
     """All files below a folder in alphabetical order. Links are followed, and no file is read twice.
 
     Raises:
+        OSError: a folder cannot be read.
         ValueError: a folder holds the splits of a DatasetDict, which must not be mixed.
     """
     files = Files()
     known = {os.path.realpath(folder)}  # real paths, for a link may lead to what was already read, or back up
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse_folder):
         if "dataset_dict.json" in names:
-            splits = json.loads((Path(parent) / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            splits = sorted(path.parent.name for path in Path(parent).glob("*/state.json")) or ["train"]
             raise ValueError(f"{parent} holds several splits: {', '.join(splits)}; name one of them, such as "
-                             f"--input {Path(parent) / splits[0]}")  # fmt: skip
+                             f"--input {Path(parent) / splits[-1]}")  # fmt: skip
         folders.sort()
         for name in list(folders):
             path = str(Path(parent) / name)
@@ -164,6 +165,11 @@ def walk(folder: str, kinds: list[str]) -> Files:
     files.paths.sort(key=Path)
     files.not_read.sort(key=Path)
     return files
+
+
+def refuse_folder(problem: OSError) -> None:
+    """os.walk would leave out a folder that it cannot read without a word."""
+    raise problem
 
 
 def sort_out(path: str, files: Files) -> None:

@@ -176,6 +176,19 @@ PUBLISHED = {  # a row as it is published, the question as it is asked, the righ
         "no",
         {"LONG_ANSWER": 1},
     ),
+    "MMLU-Pro": (
+        {"question_id": 70, "question": "Which?", "options": ["ENT", "Eye", "Heart"], "answer": "C", "answer_index": 2,
+         "cot_content": "", "category": "health", "src": "x"},
+        "Which?\n- ENT\n- Eye\n- Heart",
+        "Heart",
+        {"category": 1, "src": 1},
+    ),
+    "ARC": (
+        {"id": "a", "question": "Which?", "choices": {"text": ["ENT", "Eye"], "label": ["1", "2"]}, "answerKey": "2"},
+        "Which?\n- ENT\n- Eye",
+        "Eye",
+        {},
+    ),
     "MMLU": (
         {"question": "Which?", "subject": "anatomy", "choices": ["ENT", "Eye", "Heart", "Skin"], "answer": 3},
         "Which?\n- ENT\n- Eye\n- Heart\n- Skin",
@@ -197,7 +210,7 @@ def test_published_columns_are_read_as_they_are(tmp_path, name):
     (message,) = rendering.messages_before_answer(row, template)
     assert message["content"] == f"{question}\n\n### Answer:\n"
     assert rendering.expected_answer(row, template) == answer
-    for field in ("answer", "answer_idx", "label", "cop"):
+    for field in ("answer", "answer_idx", "answer_index", "answerKey", "label", "cop"):
         row = {name: value for name, value in row.items() if name != field}
     assert rendering.messages_before_answer(row, template) == [message]
 
@@ -241,6 +254,11 @@ def test_labels_that_count_from_1_are_never_read_as_if_they_counted_from_0(tmp_p
         tokenize(path, on_bad_row=on_bad_row)
     _, targets, _ = tokenize(path, first_label=1)
     assert targets == ["ENT", "Eye", "Skin"]
+    rows = [{"question": "Which?", "options": ["ENT", "Eye", "Heart"], "answer": answer} for answer in ("1", 3)]
+    path = write_rows(tmp_path / "b.jsonl", rows)
+    with pytest.raises(ValueError, match="line 2: field answer is 3: this file counts the options from 1"):
+        tokenize(path, on_bad_row=on_bad_row)
+    assert tokenize(path, first_label=1)[1] == ["ENT", "Heart"]
 
 
 WRONG_ANSWERS = {

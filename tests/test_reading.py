@@ -101,6 +101,21 @@ def test_a_file_that_the_user_names_is_read_whatever_its_name(tmp_path):
     assert read_all(tmp_path / ".train.jsonl")[0] == [ROW]
 
 
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    """os.walk would leave it out without a word."""
+    write_tree(tmp_path, {"a.jsonl": LINE, "private/b.jsonl": LINE})
+    scandir = os.scandir
+
+    def scan(path):
+        if Path(path).name == "private":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(OSError, match="Permission denied.*private"):
+        reading.find_files(str(tmp_path), "alpaca")
+
+
 def test_an_empty_folder_names_what_it_holds(tmp_path):
     write_tree(tmp_path, {".train.jsonl": LINE, "notes.txt": "x"})
     with pytest.raises(ValueError, match=r"no file ending in .jsonl.*not read: .*\.train.jsonl .a hidden file., "):
@@ -116,7 +131,7 @@ def test_what_save_to_disk_wrote_is_read_and_its_splits_are_not_mixed(tmp_path):
     assert len(files.paths) == 2 and len(files.not_read) == 2
     both = datasets.DatasetDict(train=datasets.Dataset.from_list([ROW]), test=datasets.Dataset.from_list([ROW]))
     both.save_to_disk(tmp_path / "both")
-    with pytest.raises(ValueError, match="both holds several splits: train, test; name one of them.*both/train"):
+    with pytest.raises(ValueError, match="both holds several splits: test, train; name one of them.*both/train"):
         reading.find_files(str(tmp_path / "both"), "alpaca")
     assert read_all(tmp_path / "both" / "test")[0] == [ROW]
 

@@ -53,6 +53,18 @@ class Rendered:
     num_in_open_think: int = 0  # turns without reasoning behind a prompt that ends inside <think>
 
 
+@dataclass(frozen=True)
+class CallStyle:
+    """How a turn with calls has to look.
+
+    Some templates join the arguments to a text, so they must be one, and some read the content of each turn. A content
+    that is null is the same as none: transformers takes it away.
+    """
+
+    arguments_are_text: bool
+    with_content: bool  # an empty one, if the turn says nothing beside its calls
+
+
 @dataclass
 class Turn:
     """An assistant's turn that is learned."""
@@ -158,36 +170,46 @@ class ChatTemplate:
             unwritten.append("tool")
         return unwritten
 
-    def probe_calls(self) -> tuple[bool, bool] | None:
-        """How a turn with a call has to look: (arguments as a JSON text?, with an empty content?); None if not at all.
+    def probe_calls(self) -> CallStyle | None:
+        """How a turn with a call has to look for the template to write it; None if it writes none.
 
-        transformers' own form has the arguments as an object and no content. Some templates join the arguments to a
-        text, which works with a text only, and some read the content of each turn.
+        transformers' own form comes first. A style should also do where the result of the call follows.
         """
+        question = {"role": "user", "content": "a"}
+        result = {"role": "tool", "content": "b", "name": "xq7tool", "tool_call_id": "abcdefghi"}
+        styles = []
         for arguments_are_text in (False, True):
             for with_content in (False, True):
-                arguments = {"xq7key": PROBE}
-                if arguments_are_text:
-                    arguments = json.dumps(arguments)
-                message = {"role": "assistant", "tool_calls": [make_call(arguments)]}
-                if with_content:
-                    message["content"] = ""
-                try:
-                    (text,) = self.apply([[{"role": "user", "content": "a"}, message]], None, False)
-                except Exception:
-                    continue
-                # An object that was written as Python writes it is no JSON.
-                is_python = f"'{PROBE}'" in text
-                if "xq7tool" in text and PROBE in text and not is_python:
-                    return arguments_are_text, with_content
+                styles.append(CallStyle(arguments_are_text, with_content))
+        works_alone = []
+        for style in styles:
+            message = {"role": "assistant", "tool_calls": [make_call({"xq7key": PROBE})]}
+            shape_calls(message, style)
+            if self.writes_call([question, message]):
+                works_alone.append(style)
+                if self.writes_call([question, message, result]):
+                    return style
+        if works_alone:
+            return works_alone[0]
         return None
 
+    def writes_call(self, messages: list[dict]) -> bool:
+        try:
+            (text,) = self.apply([messages], None, False)
+        except Exception:
+            return False
+        # An object that was written as Python writes it is no JSON. Keywords, as in f(key='text'), are a style.
+        is_python = "'xq7key'" in text
+        return "xq7tool" in text and PROBE in text and not is_python
+
     def probe_text_beside_calls(self) -> bool:
+        """Whether both a call and the text beside it are written."""
         if self.call_style is None:
             return True
-        message = {"role": "assistant", "content": "Xq7beside", "tool_calls": [make_call({"xq7key": "c"})]}
-        self.shape_calls(message)
-        return self.probe([{"role": "user", "content": "a"}, message], "Xq7beside") is not False
+        message = {"role": "assistant", "content": "Xq7beside", "tool_calls": [make_call({"xq7key": PROBE})]}
+        shape_calls(message, self.call_style)
+        messages = [{"role": "user", "content": "a"}, message]
+        return self.writes_call(messages) and self.probe(messages, "Xq7beside") is True
 
     def probe_ids(self) -> bool:
         """Whether calls need an id of nine characters, as Mistral's do."""
@@ -195,7 +217,7 @@ class ChatTemplate:
             return False
         message = {"role": "assistant", "tool_calls": [make_call({"xq7key": "c"})]}
         message["tool_calls"][0]["id"] = "call_0123456789"
-        self.shape_calls(message)
+        shape_calls(message, self.call_style)
         return self.probe([{"role": "user", "content": "a"}, message], "xq7tool") is None
 
     # --- messages as the template wants them ---
@@ -222,26 +244,15 @@ class ChatTemplate:
                 del message["tool_calls"]
                 message["content"] = text_of_call
             elif "tool_calls" in message:
-                self.shape_calls(message)
+                if not self.writes_text_beside_calls:
+                    message.pop("content", None)  # some templates would write it instead of the call
+                shape_calls(message, self.call_style)
             if "reasoning_content" in message:
                 message["reasoning"] = message["reasoning_content"]  # the other name that templates read
             prepared.append(message)
         if self.needs_short_ids:
             number_calls(prepared)
         return prepared
-
-    def shape_calls(self, message: dict) -> None:
-        arguments_are_text, with_content = self.call_style
-        if with_content:
-            message.setdefault("content", "")
-        if arguments_are_text:
-            calls = []
-            for call in message["tool_calls"]:
-                arguments = call["function"]["arguments"]
-                if not isinstance(arguments, str):
-                    arguments = json.dumps(arguments, ensure_ascii=False)
-                calls.append({**call, "function": {**call["function"], "arguments": arguments}})
-            message["tool_calls"] = calls
 
     def find_not_used(self, conversation: Conversation) -> list[str]:
         """The fields of a conversation that the template leaves out without a word; reasoning is looked at later."""
@@ -428,6 +439,20 @@ class ChatTemplate:
 
 def make_call(arguments) -> dict:
     return {"id": "abcdefghi", "type": "function", "function": {"name": "xq7tool", "arguments": arguments}}
+
+
+def shape_calls(message: dict, style: CallStyle) -> None:
+    """Gives a message with calls the form that the chat template writes. A text beside the calls stays."""
+    if style.with_content:
+        message.setdefault("content", "")
+    if style.arguments_are_text:
+        calls = []
+        for call in message["tool_calls"]:
+            arguments = call["function"]["arguments"]
+            if not isinstance(arguments, str):
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+        message["tool_calls"] = calls
 
 
 def number_calls(messages: list[dict]) -> None:

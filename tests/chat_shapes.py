@@ -88,6 +88,23 @@ JOINS_TEXTS = (
     "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
+# A call only where nothing is said beside it.
+CALLS_INSTEAD_OF_TEXT = (
+    TOOLS + "{% for message in messages %}<|{{ message.role }}|>"
+    "{% if message.content %}{{ message.content }}{% else %}{% for call in message.tool_calls %}"
+    "{{ '<call>' + call.function.name + '\n' + call.function.arguments + '</call>' }}{% endfor %}{% endif %}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+# The content of earlier turns is cut at their reasoning, so that it has to be there, as with QwQ.
+READS_EARLIER_CONTENT = (
+    "{% for message in messages %}<|{{ message.role }}|>\n"
+    "{% if message.role == 'assistant' and not loop.last %}"
+    "{{ message.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ message.content or '' }}{% endif %}"
+    + CALLS
+    + "{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
 # Reasoning in a channel of its own, only in the last turn, whose end is another token, as with gpt-oss.
 CHANNELS = (
     "{% for message in messages %}{% if message.role == 'assistant' %}"
@@ -113,10 +130,13 @@ TEMPLATES = {
     "always thinks": ALWAYS_THINKS,
     "writes date": WRITES_DATE,
     "joins texts": JOINS_TEXTS,
+    "calls instead of text": CALLS_INSTEAD_OF_TEXT,
+    "reads earlier content": READS_EARLIER_CONTENT,
     "channels": CHANNELS,
     "no end": NO_END,
 }
-WITH_CALLS = ["drops earlier reasoning", "always thinks", "moves system", "joins texts"]
+WITH_CALLS = ["drops earlier reasoning", "always thinks", "moves system", "joins texts", "calls instead of text",
+              "reads earlier content"]  # fmt: skip
 
 
 def make_chat_tokenizer(name: str):

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from chat_shapes import TEMPLATES, WITH_CALLS, make_chat_tokenizer, write_call
+from chat_shapes import CALLS, TEMPLATES, WITH_CALLS, make_chat_tokenizer, write_call
 from conftest import make_tokenizer
 from datasets import load_from_disk
 from hypothesis import assume, given, settings
@@ -73,6 +73,28 @@ CONVERSATION = {
 # For each template (prompt, target) of both turns, and whether the conversation stays one row.
 EXPECTED = {
     "default system": (
+        [
+            ("<|system|>\nBe brief.</s>\n<|user|>\nMy ear hurts.</s>\n<|assistant|>\n", "Since when?</s>"),
+            (
+                "<|system|>\nBe brief.</s>\n<|user|>\nMy ear hurts.</s>\n<|assistant|>\nSince when?</s>\n"
+                "<|user|>\nTwo days.</s>\n<|assistant|>\n",
+                "See an ENT doctor.</s>",
+            ),
+        ],
+        True,
+    ),
+    "calls instead of text": (
+        [
+            ("<|system|>Be brief.</s><|user|>My ear hurts.</s><|assistant|>", "Since when?</s>"),
+            (
+                "<|system|>Be brief.</s><|user|>My ear hurts.</s><|assistant|>Since when?</s><|user|>Two days.</s>"
+                "<|assistant|>",
+                "See an ENT doctor.</s>",
+            ),
+        ],
+        True,
+    ),
+    "reads earlier content": (
         [
             ("<|system|>\nBe brief.</s>\n<|user|>\nMy ear hurts.</s>\n<|assistant|>\n", "Since when?</s>"),
             (
@@ -245,6 +267,8 @@ EXPECTED_CALLS = {
                                 "<think>\n\n</think>\n\n4 degrees.</s>"],
     "moves system": ['[CALLS] [{"name": "temp", "arguments": {"city": "Ōsaka"}}]</s>', " 4 degrees.</s>"],
     "joins texts": ['<call>temp\n{"city": "Ōsaka"}</call></s>', "4 degrees.</s>"],
+    "calls instead of text": ['<call>temp\n{"city": "Ōsaka"}</call></s>', "4 degrees.</s>"],
+    "reads earlier content": [write_call(CALL) + "</s>", "4 degrees.</s>"],
 }  # fmt: skip
 
 
@@ -279,11 +303,35 @@ def test_calls_and_tools_reach_the_template(tmp_path, chat_tokenizers, name, row
     turns = [turn for made in rows for turn in turns_of(made)]
     assert [text_of(tokenizer, target) for _, target in turns] == EXPECTED_CALLS[name]
     first_prompt = text_of(tokenizer, turns[0][0])
-    if name == "moves system":
+    if name in ("moves system", "reads earlier content"):
         assert ledger["fields_not_used"] == {"tools": 1}  # this template writes no tools, and the ledger says so
     else:
         assert json.dumps(TOOL) in first_prompt
         assert ledger["fields_not_used"] == {}
+
+
+def test_a_call_in_the_style_of_a_function_is_written(tmp_path, chat_tokenizers):
+    tokenizer = copy.deepcopy(chat_tokenizers["drops earlier reasoning"])
+    call = "{% for call in message.tool_calls or [] %}{{ call.function.name }}({% for name, value in "
+    call += "call.function.arguments.items() %}{{ name }}='{{ value }}'{% endfor %}){% endfor %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(CALLS, call)
+    rows, _ = tokenize(tmp_path, [WITH_TOOLS], tokenizer)
+    target = text_of(tokenizer, turns_of(rows[0])[0][1])
+    assert target == "<think>\n\n</think>\n\ntemp(city='Ōsaka')</s>"
+
+
+def test_of_a_call_and_a_text_beside_it_none_vanishes_without_a_word(tmp_path, chat_tokenizers):
+    row = copy.deepcopy(WITH_TOOLS)
+    row["messages"][1]["content"] = "Let me look."
+    call = '<call>temp\n{"city": "Ōsaka"}</call>'
+    for name, target, not_used in (
+        ("joins texts", f"Let me look.{call}</s>", {}),
+        ("calls instead of text", f"{call}</s>", {"messages.content": 1}),
+    ):
+        tokenizer = chat_tokenizers[name]
+        rows, ledger = tokenize(tmp_path, [row], tokenizer)
+        assert text_of(tokenizer, turns_of(rows[0])[0][1]) == target
+        assert ledger["fields_not_used"] == not_used
 
 
 def test_a_call_that_the_template_does_not_write_is_refused(tmp_path, chat_tokenizers):
@@ -542,8 +590,11 @@ def as_served(tokenizer, messages: list[dict], tools: list | None, name: str) ->
     prepared = copy.deepcopy(messages)
     for message in prepared:
         message.pop("weight", None)
-        if name == "joins texts" and "tool_calls" in message:
+        if "tool_calls" not in message:
+            continue
+        if name in ("joins texts", "reads earlier content"):
             message["content"] = ""
+        if name in ("joins texts", "calls instead of text"):
             for call in message["tool_calls"]:
                 call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
     template = tokenizer.chat_template.replace("strftime_now('%d %b %Y')", "'03 Feb 2026'")
@@ -561,7 +612,7 @@ def as_learned(message: dict, name: str) -> str:
         call += write_call(one)
         if name == "moves system":
             return f"[CALLS] [{json.dumps(one['function'], ensure_ascii=False)}]</s>"
-        if name == "joins texts":
+        if name in ("joins texts", "calls instead of text"):
             arguments = json.dumps(one["function"]["arguments"], ensure_ascii=False)
             return f"<call>{one['function']['name']}\n{arguments}</call></s>"
     if name == "drops earlier reasoning":
@@ -580,7 +631,7 @@ def as_learned(message: dict, name: str) -> str:
         return f"analysis: {reasoning}<|end|><|assistant|>final: {content}<|return|>"
     if name == "channels":
         return f"final: {content}<|return|>"
-    return f"{content}</s>"
+    return f"{content}{call}</s>"
 
 
 @settings(deadline=None, max_examples=250)

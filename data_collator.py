@@ -110,7 +110,7 @@ def find_parts(path: str) -> list[str]:
     """
     if Path(path).is_dir():
         return [path]
-    name, _, wanted = path.partition("-*-of-")
+    name, _, wanted = path.rstrip("/").partition("-*-of-")
     numbers = {}  # of the parts that are there, for each number of parts
     if Path(name).parent.is_dir():
         for folder in Path(name).parent.iterdir():
@@ -219,7 +219,7 @@ def parse_mix(path: str) -> dict[str, float]:
         mix[match[1]] = float(match[2] or 1)
     if min(mix.values()) <= 0:
         raise ValueError("name each folder once, with a weight above 0, as in medical:3,general:1")
-    names = Counter(re.sub(r"-\d+-of-\d+$", "", name.rstrip("/")) for name in mix)
+    names = Counter(re.sub(r"-[\d*]+-of-[\d*]+$", "", name.rstrip("/")) for name in mix)
     for name, count in names.items():
         if count > 1:
             # Mixed by weight, small parts would be repeated until they are as long as the first one.

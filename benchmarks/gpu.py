@@ -14,6 +14,7 @@ Writes results.jsonl, one line for each result, and the page gpu.md into --outpu
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Parts in their order, and seconds for each on an H100: 430 together.
-PARTS = {"machine": 20, "kernels": 35, "scripts": 100, "speed": 185, "profile": 30, "peers": 60}
+PARTS = {"machine": 15, "kernels": 35, "scripts": 100, "speed": 175, "profile": 30, "peers": 75}
 DRY_SECONDS = 90  # for each part
 NUM_GRACE_SECONDS = 5  # a part ends by itself when its seconds are over; then it is ended
 
@@ -81,10 +82,16 @@ def check_machine() -> list[str]:
 def run_part(name: str, folder: Path, seconds: float, is_dry: bool) -> str | None:
     """None, or what went wrong: it took too long, or its last words."""
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_parts.py"), name, str(folder), str(seconds), str(is_dry)]
+    environment = dict(os.environ)
+    environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # one of several
     log = folder / f"{name}.log"
+    shutil.rmtree(folder / "work", ignore_errors=True)
     with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         problem = wait_for(process, seconds)
+    shutil.rmtree(folder / "work", ignore_errors=True)  # models and runs of the part
     if problem is None and process.returncode != 0:
         problem = log.read_text(encoding="utf-8")[-800:]
     return problem
@@ -106,17 +113,21 @@ def wait_for(process: subprocess.Popen, seconds: float) -> str | None:
 
 
 def run_parts(args: Arguments, parts: dict[str, float]) -> list[dict]:
-    """All results, also those of parts that were not asked for now and are in the file of a run before."""
+    """All results, also those of parts that were not asked for now and are in the file of a run of the same kind."""
     folder = Path(args.output_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.jsonl"
-    kept = [result for result in read_results(path) if result["part"] not in parts]
+    before = read_results(path)
+    kept = []
+    if all(result.get("dry", args.dry) == args.dry for result in before):
+        kept = [result for result in before if result["part"] not in parts]
     path.write_text("".join(json.dumps(result) + "\n" for result in kept), encoding="utf-8")
     for name, seconds in parts.items():
         print(f"{name}: {seconds:g} s", flush=True)
         started = time.perf_counter()
         problem = run_part(name, folder, seconds, args.dry)
-        ending = {"part": name, "ended_after_seconds": time.perf_counter() - started, "problem": problem}
+        seconds_taken = time.perf_counter() - started
+        ending = {"part": name, "ended_after_seconds": seconds_taken, "problem": problem, "dry": args.dry}
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(ending) + "\n")
         if problem:
@@ -272,9 +283,7 @@ def describe_scripts(results: list[dict]) -> list[str]:
     rows = []
     for one in results:
         losses = " ".join(f"{loss:.4f}" for loss in one.get("losses", []))
-        verdict = "FAIL"
-        if one["good"]:
-            verdict = "ok"
+        verdict = {True: "ok", False: "FAIL", None: "not run"}[one["good"]]
         rows.append([
             one["name"],
             losses or one["problem"][-300:],

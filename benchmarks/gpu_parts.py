@@ -13,7 +13,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -50,11 +49,19 @@ class Part:
             file.write(json.dumps(line) + "\n")
         print(f"{self.name}: {short(facts)}", flush=True)
 
-    def read(self, name: str) -> list[dict]:
-        """What another part has written."""
-        lines = (self.folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-        results = [json.loads(line) for line in lines]
-        return [result for result in results if result["part"] == name]
+    def make_work_folder(self) -> Path:
+        """For models and runs; gpu.py deletes it, also when this process was ended."""
+        folder = self.folder / "work"
+        folder.mkdir()
+        return folder
+
+    def read_machine(self) -> dict:
+        """What the first part has written; nothing if it was not run."""
+        for line in (self.folder / "results.jsonl").read_text(encoding="utf-8").splitlines():
+            result = json.loads(line)
+            if "product_flops" in result:
+                return result
+        return {}
 
     def wait(self) -> None:
         if not self.is_dry:
@@ -172,7 +179,9 @@ ATTENTION_SHAPES = [
     AttentionShape("8B, 50 short documents in 4096 tokens", 32, 8, 128, 50, 40, 124, 4096),
     AttentionShape("8B, one document of 4096 tokens", 32, 8, 128, 1, 4096, 4096, 4096),
     AttentionShape("7B, 8 documents of 300 to 512 tokens", 32, 32, 128, 8, 300, 512),
+    AttentionShape("7B, 2 documents of 300 to 512 tokens", 32, 32, 128, 2, 300, 512),
 ]
+CUDNN_SHAPE = ATTENTION_SHAPES[-1]
 DRY_ATTENTION_SHAPE = AttentionShape("dry, 5 documents", 4, 2, 16, 5, 4, 20)
 
 
@@ -221,27 +230,34 @@ def by_mask(query, key, value, lengths: list[int]) -> torch.Tensor:
 
 def kernels(part: Part) -> None:
     """Forward and backward of one layer's attention: which kernel is how fast, and how far from float32."""
-    ways = [("varlen", by_varlen, False), ("loop", by_loop, False), ("mask over the row", by_mask, False),
-            ("loop, cuDNN allowed", by_loop, True)]  # fmt: skip
+    if not part.is_dry:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    ways = [("varlen", by_varlen), ("loop", by_loop), ("mask over the row", by_mask)]
     shapes = ATTENTION_SHAPES
     if part.is_dry:
-        ways = [("loop", by_loop, False), ("mask over the row", by_mask, False)]
+        ways.pop(0)  # it needs a GPU
         shapes = [DRY_ATTENTION_SHAPE]
     for shape in shapes:
-        fixed = shape.draw_lengths()
-        exact = shape.draw_states(fixed, part.device, torch.float32)
-        expected = run_attention(by_loop, fixed, exact)
-        for name, way, allows_cudnn in ways:
-            if part.seconds_left() < 3:
-                part.write(shape=shape.name, way=name, problem="no time left")
-                continue
-            if not part.is_dry:
-                torch.backends.cuda.enable_cudnn_sdp(allows_cudnn)
+        compare_attention(part, shape, ways)
+    # What data_collator.py switches off; last, because a plan for each length may take all the time.
+    if not part.is_dry:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        compare_attention(part, CUDNN_SHAPE, [("loop, cuDNN allowed", by_loop)])
+
+
+def compare_attention(part: Part, shape: AttentionShape, ways: list) -> None:
+    """The ways, (name, function), on the same documents; a way that fails does not keep the others from being run."""
+    fixed = shape.draw_lengths()
+    exact = shape.draw_states(fixed, part.device, torch.float32)
+    expected = run_attention(by_loop, fixed, exact)
+    for name, way in ways:
+        facts = {"problem": "no time left"}
+        if part.seconds_left() > 2:
             try:
                 facts = measure_attention(part, shape, way, fixed, exact, expected)
-            except Exception as problem:  # the other kernels are still of interest
+            except Exception as problem:
                 facts = {"problem": repr(problem)[:300]}
-            part.write(shape=shape.name, way=name, **facts)
+        part.write(shape=shape.name, way=name, **facts)
 
 
 def run_attention(way, lengths: list[int], states: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -373,7 +389,7 @@ COMMON = (
 )
 FLOAT32_TOLERANCE = 1e-4
 BF16_TOLERANCE = 1e-2  # 8 bits of mantissa in every activation
-NUM_AT_ONCE = 5
+NUM_AT_ONCE = 8  # scripts, on so many pairs of cores
 
 
 @dataclass
@@ -438,33 +454,35 @@ def scripts(part: Part) -> None:
     if part.is_dry:
         shape = "dry"
         longest = 24
-    with tempfile.TemporaryDirectory(prefix="gpu-scripts-") as name:
-        folder = Path(name)
-        model = save_shape(folder / "model", shape)
-        save_weights(model)
-        random.seed(0)
-        lengths = [[length] for length in draw_lengths(32, longest // 8, longest)]
-        data = save_rows(folder / "rows", lengths, SHAPES[shape]["vocab_size"])
-        flags = [*COMMON.split(), "--model_path", str(model), "--dataset_path", str(data)]
-        references = {}
-        waiting = []
-
-        def report(trial: Trial, result: dict) -> None:
+    folder = part.make_work_folder()
+    model = save_shape(folder / "model", shape)
+    save_weights(model)
+    lengths = [[length] for length in draw_lengths(32, longest // 8, longest)]
+    data = save_rows(folder / "rows", lengths, SHAPES[shape]["vocab_size"])
+    flags = [*COMMON.split(), "--model_path", str(model), "--dataset_path", str(data)]
+    references = {}
+    waiting = []
+    num_pairs = max(2, os.cpu_count() // 2)
+    with ThreadPoolExecutor(min(NUM_AT_ONCE, num_pairs)) as pool:
+        trials = {pool.submit(try_script, part, trial, flags, folder): trial for trial in list_trials(part.is_dry)}
+        for future in as_completed(trials):
+            trial = trials[future]
+            result = future.result()
             if trial.name == trial.reference:
                 references[trial.name] = result.get("losses")
             waiting.append((trial, result))
-            for one, found in list(waiting):
-                if one.reference in references:
-                    part.write(name=one.name, **judge(one, found, references[one.reference]))
-                    waiting.remove((one, found))
+            waiting = write_judged(part, waiting, references)
 
-        num_at_once = NUM_AT_ONCE
-        if part.is_dry:
-            num_at_once = 2
-        with ThreadPoolExecutor(num_at_once) as pool:
-            trials = {pool.submit(try_script, part, trial, flags, folder): trial for trial in list_trials(part.is_dry)}
-            for future in as_completed(trials):
-                report(trials[future], future.result())
+
+def write_judged(part: Part, waiting: list, references: dict) -> list:
+    """Writes the results whose reference is known; returns those that wait for it."""
+    still_waiting = []
+    for trial, result in waiting:
+        if trial.reference in references:
+            part.write(name=trial.name, **judge(trial, result, references[trial.reference]))
+        else:
+            still_waiting.append((trial, result))
+    return still_waiting
 
 
 def try_script(part: Part, trial: Trial, flags: list[str], folder: Path) -> dict:
@@ -526,6 +544,8 @@ def judge(trial: Trial, result: dict, reference: list[float] | None) -> dict:
     """What is written about a trial: its losses, how far they are from the reference's, and whether that is good."""
     facts = dict(result)
     resumed = facts.pop("resumed_losses", None)
+    if facts.get("problem") == "no time left":
+        return facts | {"good": None}
     if "problem" in facts:
         return facts | {"good": False}
     is_good = True
@@ -654,8 +674,7 @@ def make_job(part: Part, run: Run, folder: Path) -> dict:
     words = "".join(letter for letter in str(run.rows) if letter.isdecimal())[:60]
     vocab_size = SHAPES[run.shape]["vocab_size"]
     data = save_rows(folder / f"rows-{vocab_size}-{num_rows}-{words}", lengths, vocab_size)
-    output = folder / "output"
-    shutil.rmtree(output, ignore_errors=True)
+    output = folder / f"output-{time.monotonic_ns()}"
     flags = ["--model_path", str(model), "--dataset_path", str(data), "--output_dir", str(output)]
     flags += ["--per_device_train_batch_size", str(num_rows), "--max_steps", "1000", "--save_steps", "1000"]
     flags += ["--report_to", "none", *run.flags.split()]
@@ -680,10 +699,10 @@ def make_job(part: Part, run: Run, folder: Path) -> dict:
 
 def measure_runs(part: Part, runs: list[Run]) -> None:
     """One after the other; the next one imports its libraries meanwhile."""
-    with tempfile.TemporaryDirectory(prefix="gpu-speed-") as name, ThreadPoolExecutor(4) as pool:
-        folder = Path(name)
-        for run in runs:
-            save_shape(folder / run.shape, run.shape)
+    folder = part.make_work_folder()
+    for run in runs:
+        save_shape(folder / run.shape, run.shape)
+    with ThreadPoolExecutor(4) as pool:
         predictions = {run.name: pool.submit(predict, part, run, folder) for run in runs if run.system == "ours"}
         trainings = [Training(part, runs[0], folder)]
         for number, run in enumerate(runs):
@@ -697,8 +716,8 @@ def measure_runs(part: Part, runs: list[Run]) -> None:
                 if run.name in predictions:
                     facts |= predictions[run.name].result()
             part.write(name=run.name, system=run.system, shape=run.shape, **facts)
-        for training in trainings:
-            training.end()
+    for training in trainings:
+        training.end()
 
 
 def num_product_weights(shape: str) -> int:
@@ -721,9 +740,9 @@ def rate_of(part: Part, run: Run, facts: dict) -> dict:
         flops_per_weight = 4
     flops = facts["tokens_per_second"] * flops_per_weight * num_product_weights(run.shape)
     result = {"flops": flops}
-    for measured in part.read("machine"):
-        if "product_flops" in measured:
-            result["share_of_products"] = flops / measured["product_flops"]
+    measured = part.read_machine()
+    if measured:
+        result["share_of_products"] = flops / measured["product_flops"]
     return result
 
 
@@ -754,9 +773,9 @@ def predict(part: Part, run: Run, folder: Path) -> dict:
 
 def card_flags(part: Part) -> list[str]:
     """The card by plan.py's own name, or by what was measured."""
-    measured = (part.read("machine") or [{}])[-1]
-    name = measured.get("name", "CPU")
-    for word, gpu in (("H100", "h100-80g"), ("A100", "a100-80g"), ("CPU", "h100-80g")):
+    measured = part.read_machine()
+    name = measured.get("name", "H100")
+    for word, gpu in (("H100", "h100-80g"), ("H200", "h200"), ("A100", "a100-80g"), ("CPU", "h100-80g")):
         if word in name:
             return ["--gpu", gpu]
     memory = measured["memory_bytes"] / 2**30
@@ -766,8 +785,7 @@ def card_flags(part: Part) -> list[str]:
 
 
 def speed(part: Part) -> None:
-    memory_bytes = (part.read("machine") or [{}])[-1].get("memory_bytes", 0)
-    measure_runs(part, list_runs(part.is_dry, memory_bytes))
+    measure_runs(part, list_runs(part.is_dry, part.read_machine().get("memory_bytes", 0)))
 
 
 def profile(part: Part) -> None:
@@ -786,15 +804,17 @@ def peers(part: Part) -> None:
     if part.is_dry:
         shape = "dry"
         rows = [[5], [9], [12], [3]]
-    runs = [Run("this toolkit", shape, "pp_peft", rows)]
-    if not part.is_dry:
-        runs.append(Run("this toolkit, compiled", shape, "pp_peft", rows, "--torch_compile True"))
-    runs.append(Run("Trainer + PEFT", shape, "pp_peft", rows, system="trainer"))
+    runs = [
+        Run("this toolkit", shape, "pp_peft", rows),
+        Run("Trainer + PEFT", shape, "pp_peft", rows, system="trainer"),
+    ]
     has_liger = importlib.util.find_spec("liger_kernel") is not None and not part.is_dry
     if has_liger:
         runs.append(Run("Trainer + PEFT + Liger", shape, "pp_peft", rows, system="trainer", has_liger=True))
-        if importlib.util.find_spec("trl"):
-            runs.append(Run("TRL, packing + Liger", shape, "pp_peft", rows, system="trl", has_liger=True))
+    if has_liger and importlib.util.find_spec("trl"):
+        runs.append(Run("TRL, packing + Liger", shape, "pp_peft", rows, system="trl", has_liger=True))
+    if not part.is_dry:
+        runs.append(Run("this toolkit, compiled", shape, "pp_peft", rows, "--torch_compile True"))
     for name in ("liger_kernel", "trl"):
         if not importlib.util.find_spec(name):
             part.write(name=name, problem=f"{name} is not installed, so it was not compared")

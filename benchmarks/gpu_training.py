@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import ProfilerActivity, profile
 
@@ -48,6 +49,7 @@ class Watch:
         self.next_forward = None  # what is done in the next forward: "profile", "count waits" or nothing
         self.forward_profiler = None
         self.warnings_catcher = None
+        self.caught = []
         self.results = {}
         self.phases = self.run_phases()
         self.began = time.perf_counter()
@@ -132,6 +134,9 @@ class Watch:
         for event in recorded.key_averages():
             microseconds = event.self_cpu_time_total
             if self.on_gpu:
+                # An operator has the time of the kernels that it launched, which are in the list, too.
+                if event.device_type != DeviceType.CUDA or event.is_user_annotation:
+                    continue
                 microseconds = event.self_device_time_total
             total += microseconds
             milliseconds = microseconds / 1e3 / NUM_PROFILED_STEPS
@@ -188,6 +193,8 @@ def draw_model(folder: str, dtype: torch.dtype, drawn_on: str, target: str, kern
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype, **options)
     model.to(target)
     model.tie_weights()
+    if drawn_on == "cuda":
+        torch.cuda.empty_cache()
     return model
 
 
@@ -201,7 +208,6 @@ def draw_instead_of_reading(job: dict, watch: Watch) -> None:
     def from_pretrained(folder, **options):
         if "quantization_config" in options:
             draw_model(folder, torch.bfloat16, device, device).save_pretrained(folder)
-            torch.cuda.empty_cache()
             result = read(folder, **options)
             watch.follow(result[0])
             return result

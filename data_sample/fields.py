@@ -194,10 +194,15 @@ def clean_row(row: dict, template: dict) -> dict:
         ValueError: a column of --columns is missing.
     """
     row = drop_absent(row)
-    for name, column in template.get("columns", {}).items():
+    columns = template.get("columns", {})
+    for column in columns.values():
         if column not in row:
             raise ValueError(f"column {column} of --columns is missing")
-        row[name] = row.pop(column)
+    values = {name: row.pop(column) for name, column in columns.items()}
+    for name, value in values.items():
+        if name in row:
+            row[f"{name} beside --columns"] = row.pop(name)  # the ledger counts it as not used
+        row[name] = value
     for name in MAY_BE_JSON[template["format"]]:
         if name in row:
             row[name] = decode_json(row[name])

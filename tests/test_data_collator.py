@@ -177,11 +177,11 @@ def save_parts(folder: Path, sizes: list[int], name: str = "out", ledgers: dict 
     return rows
 
 
-@pytest.mark.parametrize("name", ["out", "out-*-of-4", "out-*-of-*"])
+@pytest.mark.parametrize("name", ["out", "out/", "out-*-of-4", "out-*-of-*"])
 def test_the_parts_of_a_set_are_read_as_one_and_each_row_once_an_epoch(tmp_path, name):
     rows = save_parts(tmp_path, [60, 3, 3, 3])
     save_parts(tmp_path, [5], name="out_val")
-    dataset = TokenizedDataset(tmp_path / name)
+    dataset = TokenizedDataset(f"{tmp_path}/{name}")
     assert [{name: ids.tolist() for name, ids in row.items()} for row in dataset] == rows
     training_rows = TrainingRows(dataset, rows_per_step=3, num_train_epochs=1, max_steps=-1, seed=42)
     assert len(training_rows) == 69
@@ -235,9 +235,9 @@ def test_parts_of_two_sets_are_not_mixed(tmp_path):
     with pytest.raises(ValueError, match=r"parts of 2 and of 3; name one set, such as .*out-\*-of-3"):
         TokenizedDataset(tmp_path / "out")
     assert len(TokenizedDataset(tmp_path / "out-*-of-2")) == 4
-    mix = f"{tmp_path}/out-1-of-2,{tmp_path}/out-2-of-2"
-    with pytest.raises(ValueError, match="mixes parts of one set; name the set, .*/out, and all its parts"):
-        TokenizedDataset(mix)
+    for mix in ("out-1-of-2,{}/out-2-of-2", "out-*-of-2:1,{}/out-2-of-2:3"):
+        with pytest.raises(ValueError, match="mixes parts of one set; name the set, .*/out, and all its parts"):
+            TokenizedDataset(f"{tmp_path}/{mix.format(tmp_path)}")
 
 
 @pytest.mark.parametrize(

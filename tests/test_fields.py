@@ -227,6 +227,18 @@ def test_other_columns_are_named_by_a_flag_and_by_the_ledger(tmp_path):
     assert targets == ["Hi."]
 
 
+def test_a_column_whose_name_another_one_takes_is_counted(tmp_path):
+    row = {"instruction": "Say hi.", "output": "Hi.", "better": "Hello."}
+    flags = {"format": "alpaca", "columns": "output=better"}
+    _, targets, ledger = tokenize(write_rows(tmp_path / "a.jsonl", [row]), **flags)
+    assert targets == ["Hello."]
+    assert ledger["fields_not_used"] == {"output beside --columns": 1}
+    flags["columns"] = "instruction=output,output=instruction"
+    prompts, targets, ledger = tokenize(write_rows(tmp_path / "b.jsonl", [row]), **flags)
+    assert "### Instruction:\nHi.\n" in prompts[0] and targets == ["Say hi."]
+    assert ledger["fields_not_used"] == {"better": 1}
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [("frage=x", "--columns frage=x: --format mcq has no field frage"), ("question=", "write question=COLUMN")],

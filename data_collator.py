@@ -669,7 +669,8 @@ def crosses_documents(model: torch.nn.Module, vocab_size: int) -> bool:
         for name in ("labels", "logits_to_keep", "shift_labels"):
             del batch[name]
         # FlashAttention refuses float32, which training does not give it either.
-        with torch.autocast(device.type, torch.bfloat16, enabled="flash" in model.config._attn_implementation):
+        is_autocast = torch.is_autocast_enabled(device.type) or "flash" in model.config._attn_implementation
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_autocast):
             logits.append(model(**move_to_device(batch, device), use_cache=False).logits.float())
     model.train(was_training)
     change = (logits[1] - logits[0]).abs()
@@ -841,14 +842,26 @@ def computes_plain_logits(model: torch.nn.Module, vocab_size: int, loss_function
     if hasattr(model, "get_base_model"):  # PEFT's
         base = model.get_base_model()
     returned = []
-    hook = base.get_output_embeddings().register_forward_hook(lambda layer, inputs, output: returned.append(output))
-    logits = model(**{name: value for name, value in batch.items() if "label" not in name}, use_cache=False).logits
+
+    def plant(layer, inputs, output: torch.Tensor) -> torch.Tensor:
+        returned.append(output)
+        return large_logits(output)
+
+    hook = base.get_output_embeddings().register_forward_hook(plant)
+    inputs = {name: value for name, value in batch.items() if "label" not in name}
+    logits = model(**inputs, use_cache=False).logits
     hook.remove()
-    expected = cross_entropy(logits[0].float(), batch["shift_labels"][0].to(logits.device), reduction="sum")
+    is_same = torch.equal(logits, large_logits(logits))
+    targets = batch["shift_labels"][0].to(returned[0].device)
+    expected = cross_entropy(returned[0][0].float(), targets, reduction="sum")
     model.train(was_training)
-    # The loss alone would not tell where logits are small: a cap hardly moves those of a fresh model.
-    is_same = torch.equal(returned[-1].to(logits.device).to(logits.dtype), logits)
     agree = is_same and bool(torch.isclose(loss.float().to(expected.device), expected, rtol=1e-3))
     if not agree:
         print("this model does more with its logits than to compare them: the loss is transformers' own, of all logits")
     return agree
+
+
+def large_logits(like: torch.Tensor) -> torch.Tensor:
+    """Logits that a cap or a factor must move, as it hardly moves those of a fresh model; integers are exact in bf16."""
+    numbers = torch.arange(like.shape[-1], device=like.device) % 251 - 125
+    return numbers.to(like.dtype).expand_as(like)

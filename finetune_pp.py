@@ -25,11 +25,14 @@ import threading
 import time
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import send_to_device
 from safetensors import SafetensorError, safe_open
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -92,6 +95,7 @@ class Arguments:
     torch_compile: bool = flag(False, "compile the decoder layers: minutes at first, then faster steps")
     resume_from_checkpoint: str = flag("False", "True: the newest complete one in output_dir; or a checkpoint folder")
     use_cpu: bool = flag(False, "leave the GPUs alone")
+    num_gpus: int = flag(0, "GPUs that hold the layers; 0: as few as weights and optimizer need", ">= 0")
     report_to: Literal["tensorboard", "none"] = flag("tensorboard", "where the loss curve is shown")
 
 
@@ -236,6 +240,26 @@ def place_layers(num_layers: int, num_devices: int) -> list[int]:
     return sizes
 
 
+def choose_devices(args: Arguments, config) -> list[torch.device]:
+    """No more GPUs than needed: only one of them works at a time, and each border costs a copy."""
+    if args.use_cpu:
+        return [torch.device("cpu")]
+    num_gpus = min(torch.cuda.device_count(), config.num_hidden_layers)
+    if args.num_gpus:
+        num_gpus = min(num_gpus, args.num_gpus)
+    else:
+        memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(num_gpus))
+        # Bytes of a weight: 4 in float32, 4 for its gradient, 8 for AdamW's two moments, 2 for a copy in bf16.
+        num_needed = count_devices(18 * make_skeleton(config).num_parameters(), memory)
+        num_gpus = min(num_gpus, num_needed)
+    return [torch.device("cuda", i) for i in range(num_gpus)]
+
+
+def count_devices(num_bytes: int, memory: int) -> int:
+    """Devices of `memory` bytes that hold `num_bytes` of weights and optimizer, and as much again for activations."""
+    return math.ceil(2 * num_bytes / memory)
+
+
 def make_device_map(config, devices: list[torch.device]) -> dict[str, torch.device]:
     """The device of each module by the model's own names; a tied head lies with the embedding."""
     skeleton = make_skeleton(config)
@@ -276,6 +300,8 @@ def load_model(args: Arguments, config, checkpoint: Path | None, devices: list[t
         output_loading_info=True,
     )
     check_loading(args, loading)
+    if len(devices) > 1:
+        move_inputs_to_layers(model, device_map)
     if args.attn_implementation == "auto" and args.padding_free:
         data_collator.attend_inside_documents(model, args.torch_compile)
     if args.gradient_checkpointing:
@@ -283,6 +309,22 @@ def load_model(args: Arguments, config, checkpoint: Path | None, devices: list[t
     if args.torch_compile:
         compile_layers(model)
     return model
+
+
+def move_inputs_to_layers(model: torch.nn.Module, device_map: dict[str, torch.device]) -> None:
+    """The inputs of a layer follow it to its device.
+
+    accelerate has put a hook on every module that has weights, a dozen in a layer, each of which takes the host longer
+    than a small product takes the GPU. One for each layer is enough.
+    """
+    remove_hook_from_submodules(model)
+    for name, device in device_map.items():
+        model.get_submodule(name).register_forward_pre_hook(partial(move_inputs, device), with_kwargs=True)
+
+
+def move_inputs(device: torch.device, layer, inputs: tuple, named_inputs: dict) -> tuple[tuple, dict]:
+    """Keys and values of a prefix are on the device of their layer already."""
+    return send_to_device(inputs, device), send_to_device(named_inputs, device, skip_keys="past_key_values")
 
 
 def check_loading(args: Arguments, loading: dict) -> None:
@@ -731,10 +773,7 @@ def main() -> None:
         config, tokenizer, rows, eval_dataset, checkpoint = check_arguments(args)
     except (ValueError, argparse.ArgumentError) as mistakes:
         sys.exit(f"error: {mistakes}\n--help lists every flag with its default")
-    devices = [torch.device("cpu")]
-    if torch.cuda.device_count() > 0 and not args.use_cpu:
-        num_gpus = min(torch.cuda.device_count(), config.num_hidden_layers)
-        devices = [torch.device("cuda", i) for i in range(num_gpus)]
+    devices = choose_devices(args, config)
     set_seed(args.seed)
     model = load_model(args, config, checkpoint, devices)
     try:

@@ -24,12 +24,16 @@ import threading
 import time
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import peft
 import torch
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import send_to_device
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.tensorboard import SummaryWriter
@@ -104,6 +108,7 @@ class Arguments:
     torch_compile: bool = flag(False, "compile the decoder layers: minutes at first, then faster steps")
     resume_from_checkpoint: str = flag("False", "True: the newest complete one in output_dir; or a checkpoint folder")
     use_cpu: bool = flag(False, "leave the GPUs alone")
+    num_gpus: int = flag(0, "GPUs that hold the layers; 0: as few as weights and optimizer need", ">= 0")
     report_to: Literal["tensorboard", "none"] = flag("tensorboard", "where the loss curve is shown")
 
 
@@ -273,6 +278,29 @@ def place_layers(num_layers: int, num_devices: int) -> list[int]:
     return sizes
 
 
+def choose_devices(args: Arguments, config) -> list[torch.device]:
+    """No more GPUs than needed: only one of them works at a time, and each border costs a copy."""
+    if args.use_cpu:
+        return [torch.device("cpu")]
+    num_gpus = min(torch.cuda.device_count(), config.num_hidden_layers)
+    if args.num_gpus:
+        num_gpus = min(num_gpus, args.num_gpus)
+    else:
+        memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(num_gpus))
+        # Bytes of a weight, which is frozen: 4 in float32, 2 in bf16. The adapter is small beside it.
+        num_bytes = 4
+        if computes_in_bf16(args):
+            num_bytes = 2
+        num_needed = count_devices(num_bytes * make_skeleton(config).num_parameters(), memory)
+        num_gpus = min(num_gpus, num_needed)
+    return [torch.device("cuda", i) for i in range(num_gpus)]
+
+
+def count_devices(num_bytes: int, memory: int) -> int:
+    """Devices of `memory` bytes that hold `num_bytes` of weights and optimizer, and as much again for activations."""
+    return math.ceil(2 * num_bytes / memory)
+
+
 def make_device_map(config, devices: list[torch.device]) -> dict[str, torch.device]:
     """The device of each module by the model's own names; a tied head lies with the embedding."""
     skeleton = make_skeleton(config)
@@ -367,11 +395,17 @@ def load_model(args: Arguments, config, devices: list[torch.device]) -> peft.Pef
         output_loading_info=True,
     )
     check_loading(args, loading)
+    if len(devices) > 1:
+        move_inputs_to_layers(base, device_map)
     if args.attn_implementation == "auto" and args.padding_free:
         data_collator.attend_inside_documents(base, args.torch_compile)
     model = add_adapter(args, base)
     if args.peft_path:
         load_adapter(model, Path(args.peft_path))
+    for module in model.modules():
+        # In bf16 PEFT would copy each layer's input to float32. Autocast casts the adapter's small weights instead.
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = not computes_in_bf16(args)
     if args.torch_compile:
         compile_layers(base)
     return model
@@ -384,6 +418,22 @@ def load_adapter(model: peft.PeftModel, folder: Path) -> None:
         assert not keys.unexpected_keys, f"{folder} holds another adapter"
     else:
         peft.set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+
+def move_inputs_to_layers(model: torch.nn.Module, device_map: dict[str, torch.device]) -> None:
+    """The inputs of a layer follow it to its device.
+
+    accelerate has put a hook on every module that has weights, a dozen in a layer, each of which takes the host longer
+    than a small product takes the GPU. One for each layer is enough.
+    """
+    remove_hook_from_submodules(model)
+    for name, device in device_map.items():
+        model.get_submodule(name).register_forward_pre_hook(partial(move_inputs, device), with_kwargs=True)
+
+
+def move_inputs(device: torch.device, layer, inputs: tuple, named_inputs: dict) -> tuple[tuple, dict]:
+    """Keys and values of a prefix are on the device of their layer already."""
+    return send_to_device(inputs, device), send_to_device(named_inputs, device, skip_keys="past_key_values")
 
 
 def check_loading(args: Arguments, loading: dict) -> None:
@@ -438,12 +488,13 @@ def choose_loss(args: Arguments, model, rows: TrainingRows):
         ValueError: documents of one row would see each other.
     """
     vocab_size = model.config.vocab_size
-    if args.padding_free or rows.dataset.packed:
-        data_collator.check_document_attention(model, vocab_size)
     output_layer = model.get_base_model().get_output_embeddings()  # with an adapter on it, of another class
     is_product = type(output_layer) is torch.nn.Linear and output_layer.bias is None
-    if args.padding_free and is_product and data_collator.computes_plain_logits(model, vocab_size, loss_in_chunks):
-        return loss_in_chunks
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=computes_in_bf16(args)):
+        if args.padding_free or rows.dataset.packed:
+            data_collator.check_document_attention(model, vocab_size)
+        if args.padding_free and is_product and data_collator.computes_plain_logits(model, vocab_size, loss_in_chunks):
+            return loss_in_chunks
     return loss_of_model
 
 
@@ -838,10 +889,7 @@ def main() -> None:
         config, tokenizer, rows, eval_dataset, checkpoint = check_arguments(args)
     except (ValueError, argparse.ArgumentError) as mistakes:
         sys.exit(f"error: {mistakes}\n--help lists every flag with its default")
-    devices = [torch.device("cpu")]
-    if torch.cuda.device_count() > 0 and not args.use_cpu:
-        num_gpus = min(torch.cuda.device_count(), config.num_hidden_layers)
-        devices = [torch.device("cuda", i) for i in range(num_gpus)]
+    devices = choose_devices(args, config)
     set_seed(args.seed)
     model = load_model(args, config, devices)
     try:

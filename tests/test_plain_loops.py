@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -473,9 +474,62 @@ def test_a_model_that_is_spread_with_hooks_gives_the_same_gradients(strategy, ti
     if strategy == "lora":  # PEFT has wrapped the linear layers, whose block stays one place
         assert all(".self_attn" not in name for name in places)
     dispatch_model(base, {name: "cpu" for name in places}, force_hooks=True)
-    assert len(base.hf_device_map) > 1 and hasattr(base, "_hf_hook")
+    assert any(hasattr(module, "_hf_hook") for module in base.modules())
+    module.move_inputs_to_layers(base, places)
+    assert not any(hasattr(module, "_hf_hook") for module in base.modules())
     hooked = gradients_of_one_batch(module, args, rows, model)
     assert all(torch.equal(gradient, hooked[name]) for name, gradient in plain.items())
+
+
+@pytest.mark.parametrize("name", ["finetune_pp", "finetune_pp_peft"])
+def test_the_inputs_of_each_layer_are_moved_once(name, tiny_model, monkeypatch):
+    """Positions and borders of documents, too: the first device has made them."""
+    module = importlib.import_module(name)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    places = module.make_device_map(model.config, [torch.device("cpu")] * 2)
+    moved = []
+
+    def note(inputs, device, skip_keys=None):
+        moved.extend(inputs)
+        return inputs
+
+    monkeypatch.setattr(module, "send_to_device", note)
+    module.move_inputs_to_layers(model, places)
+    batch = DataCollator(True)([{"input_ids": torch.arange(5, 9), "labels": torch.arange(5, 9)}])
+    model(**batch, use_cache=False)
+    for expected in ("position_embeddings", "cu_seq_lens_q"):
+        assert moved.count(expected) == model.config.num_hidden_layers
+    assert len(places) == model.config.num_hidden_layers + 4  # embedding, rotary embedding, norm and head
+
+
+@pytest.mark.parametrize(
+    ("name", "num_billions", "gigabytes", "expected"),
+    [
+        ("finetune_pp", 7, 80, 4),
+        ("finetune_pp", 1, 80, 1),
+        ("finetune_pp", 70, 80, 8),
+        ("finetune_pp_peft", 7, 80, 1),
+        ("finetune_pp_peft", 7, 24, 2),
+        ("finetune_pp_peft", 13, 12, 5),
+        ("finetune_pp_peft", 70, 80, 4),
+    ],
+)
+def test_a_model_lies_on_no_more_gpus_than_it_needs(name, num_billions, gigabytes, expected, monkeypatch):
+    """Of eight: half of each is for the weights and what belongs to them, half for activations."""
+    module = importlib.import_module(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    properties = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
+    hidden_size = 4096
+    layers = round(num_billions * 1e9 / (12 * hidden_size**2))
+    sizes = {"hidden_size": hidden_size, "intermediate_size": 8 * hidden_size // 3, "vocab_size": 99}
+    config = AutoConfig.for_model("llama", **sizes, num_hidden_layers=layers)
+    devices = module.choose_devices(module.Arguments(), config)
+    assert devices == [torch.device("cuda", i) for i in range(expected)]
+    assert len(module.choose_devices(module.Arguments(num_gpus=3), config)) == 3
+    assert len(module.choose_devices(module.Arguments(num_gpus=99), config)) == min(8, layers)
+    assert module.choose_devices(module.Arguments(use_cpu=True), config) == [torch.device("cpu")]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -48,6 +48,7 @@ DEFAULTS = {
     "use_cpu": False,
     "report_to": "tensorboard",
 }
+PLAIN_DEFAULTS = {"num_gpus": 0}
 PEFT_DEFAULTS = {
     "peft_mode": "lora",
     "peft_path": None,
@@ -86,8 +87,8 @@ def test_the_training_scripts_have_one_table_of_flags_and_defaults():
     pipeline = {name: value for name, value in PEFT_DEFAULTS.items() if name.startswith("lora_")}
     pipeline |= {"pipeline_schedule": "1f1b", "lora_used": False}
     for name, extra, rate in (
-        ("finetune_pp", {}, 2e-5),
-        ("finetune_pp_peft", PEFT_DEFAULTS, 1e-3),
+        ("finetune_pp", PLAIN_DEFAULTS, 2e-5),
+        ("finetune_pp_peft", PLAIN_DEFAULTS | PEFT_DEFAULTS, 1e-3),
         ("finetune_pp_peft_trainer", {}, 2e-5),
         ("finetune_pp_peft_trainer_lora", PEFT_DEFAULTS | {"load_in_4bit": False}, 1e-3),
         ("finetune_pp_peft_trainer_deepspeed", PEFT_DEFAULTS | deepspeed, None),  # 1e-3 or 2e-5, by lora_used
@@ -166,6 +167,7 @@ DIFFERENT = {
     "train",
     "save_model",
     "save_checkpoint",
+    "choose_devices",
     "load_checkpoint",
     "check_saved",
     "check_adapter",

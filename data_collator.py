@@ -20,6 +20,7 @@ notice that a row holds several documents.
 import hashlib
 import json
 import math
+import os
 import re
 from bisect import bisect_right
 from collections import Counter
@@ -203,7 +204,10 @@ def find_difference(ledger: dict, tokenizer) -> str | None:
             known["messages"], chat_template=NO_DATE + text, tokenize=False, add_generation_prompt=True
         )
         if rendered != known["rendered"]:
-            return f"its chat template writes {known['rendered']!r} there and {rendered!r} here"
+            start = max(0, len(os.path.commonprefix([rendered, known["rendered"]])) - 20)
+            there = known["rendered"][start : start + 60]
+            here = rendered[start : start + 60]
+            return f"its chat template writes {there!r} there and {here!r} here"
     return None
 
 

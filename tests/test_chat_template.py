@@ -533,7 +533,7 @@ def test_a_fingerprint_tells_tokenizers_apart_that_have_the_same_vocabulary(tmp_
     assert find_difference(ledger, other) == "there it has a chat template, and here it has none"
     other = copy.deepcopy(tokenizer)
     other.eos_token = "<s>"
-    assert "its chat template writes '<|user|>\\nHow are you?</s>" in find_difference(ledger, other)
+    assert "writes 'user|>\\nHow are you?</s>" in find_difference(ledger, other)
 
     # Documents have no text of a chat template, so another one does no harm.
     _, ledger = tokenize(tmp_path, [{"text": "One paper."}], tokenizer, format="text")

@@ -1,5 +1,6 @@
 """Raw rows become token ids without a token lost, doubled or shifted, and mistakes end in a message."""
 
+import copy
 import csv
 import gzip
 import hashlib
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from chat_shapes import TEMPLATES
 from conftest import ROOT, make_tokenizer, run_script
 from datasets import load_from_disk
 from hypothesis import given, settings
@@ -1164,6 +1166,27 @@ def sentencepiece_tokenizer(tmp_path_factory):
     )  # fmt: skip
     LlamaTokenizer.from_pretrained(folder, add_bos_token=True).save_pretrained(folder / "hf")
     return AutoTokenizer.from_pretrained(folder / "hf")
+
+
+@pytest.mark.parametrize("name", ["each alike", "moves system", "no end", "drops earlier reasoning"])
+def test_a_sentencepiece_tokenizer_sees_each_prompt_as_it_is_served(tmp_path, sentencepiece_tokenizer, name):
+    """Its ids depend on what stands before a text, so that a joined row could have other ones than a prompt alone."""
+    tokenizer = copy.deepcopy(sentencepiece_tokenizer)
+    tokenizer.chat_template = TEMPLATES[name]
+    messages = [
+        {"role": "user", "content": " My ear hurts. "},
+        {"role": "assistant", "content": "Since when?"},
+        {"role": "user", "content": "Two\n\ndays"},
+        {"role": "assistant", "content": " See an ENT doctor."},
+    ]
+    rows, ledger = tokenize(tmp_path / "rows.jsonl", [{"messages": messages}], tokenizer, format="chat")
+    found = []
+    for row in rows:
+        for number in range(1, len(row["labels"])):
+            if row["labels"][number] != IGNORE_INDEX and row["labels"][number - 1] == IGNORE_INDEX:
+                found.append(row["input_ids"][:number])
+    prompts = [rendering.encode_prompt(tokenizer, messages[:end], ledger["template"]) for end in (1, 3)]
+    assert found == prompts
 
 
 def test_a_sentencepiece_tokenizer_gives_back_every_text(tmp_path, sentencepiece_tokenizer):

@@ -304,7 +304,12 @@ def explain_tokenizer(folder: Path, problem: Exception) -> str:
         empty = []
     if empty:
         return (f"{', '.join(empty)} in {config} are empty texts; LLaMA's are <s>, </s> and <unk>")  # fmt: skip
-    return f"{type(problem).__name__}: {str(problem).strip() or 'it says no more'}"
+    lines = str(problem).strip().splitlines() or ["it says no more"]
+    reason = f"{type(problem).__name__}: {lines[0].rstrip('.')}"
+    if not folder.exists():
+        return (f"there is no such folder, and the hub's answer is {reason}; bash scripts/quickstart.sh fetches the "
+                "sample model")  # fmt: skip
+    return f"{reason}; name the folder of a whole model, or download its tokenizer's files again"
 
 
 # -------------------------------------------------------------------------------------------------------------------

@@ -643,6 +643,19 @@ def test_metas_folder_is_no_tokenizer(tmp_path, monkeypatch, sentencepiece_token
         run_main(monkeypatch, "--input", raw, "--tokenizer_path", tmp_path / "meta", "--output", tmp_path / "set")
 
 
+def test_a_tokenizer_that_cannot_be_loaded_ends_in_one_line(tmp_path, monkeypatch):
+    raw = write_jsonl(tmp_path / "rows.jsonl", [QUESTION])
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
+    for name, remedy in (("none", "there is no such folder, .*quickstart.sh"), ("broken", "download .* files again")):
+        flags = ["--input", raw, "--tokenizer_path", tmp_path / name, "--output", tmp_path / "set"]
+        with pytest.raises(
+            SystemExit, match=f"--tokenizer_path .*{name}: no tokenizer can be loaded .*{remedy}"
+        ) as end:
+            run_main(monkeypatch, *flags)
+        assert "\n" not in str(end.value)
+
+
 def test_special_tokens_that_are_empty_texts_end_in_one_message(tmp_path, monkeypatch, sentencepiece_tokenizer):
     original = Path(sentencepiece_tokenizer.name_or_path).parent / "tokenizer.model"
     (tmp_path / "old").mkdir()

@@ -262,8 +262,9 @@ def describe_machine(results: list[dict]) -> list[str]:
         lines.append(f"{one['name']}, {one['memory_bytes'] / 2**30:.0f} GiB, driver {one['driver']}, "
                      f"power limit {one.get('power_limit', 'unknown')}, CUDA {one.get('cuda')}, "
                      f"{one['cores']} CPU cores, Python {one['python']}.")  # fmt: skip
-        lines.append(f"Versions: {versions}.")
-        lines.append(f"Products of 8192 x 8192 in bf16: {one['product_flops'] / 1e12:.0f} TFLOPS. "
+        lines += ["", f"Versions: {versions}.", ""]
+        lines.append(f"Products of {one['product_size']} x {one['product_size']} matrices in bf16: "
+                     f"{one['product_flops'] / 1e12:.0f} TFLOPS. "
                      f"Copies: {one['copy_bytes_per_second'] / 1e12:.2f} TB/s read and written.")  # fmt: skip
     return [*lines, ""]
 
@@ -358,6 +359,7 @@ def make_page(all_results: list[dict], command: str, is_dry: bool) -> str:
     lines = ["# On a GPU", "", f"Written by `{command}`. Models have random weights: speed and memory do not depend on "
              "them. Memory held is the most that PyTorch had allocated while steps were measured."]  # fmt: skip
     if is_dry:
+        lines.append("")
         lines.append("**A dry run on a CPU with tiny shapes: it shows that the program works, and no figure counts.**")
     lines += ["", "## Targets", "", "For one H100.", ""]
     lines += make_table(["what", "wanted", "measured", "by"], [judge(target, results) for target in TARGETS])

@@ -120,6 +120,7 @@ def machine(part: Part) -> None:
         }
     part.write(
         **facts,
+        product_size=size,
         product_flops=2 * size**3 / product_seconds,
         copy_bytes_per_second=2 * source.nbytes / copy_seconds,
         python=".".join(str(number) for number in sys.version_info[:3]),
@@ -406,10 +407,12 @@ class Trial:
 def list_trials(is_dry: bool) -> list[Trial]:
     """First the references, on the CPU in float32; the rest in the order of interest."""
     on_cpu = " --use_cpu True --bf16 False"
-    trials = [Trial("CPU full", FULL + on_cpu, "CPU full"), Trial("CPU LoRA", LORA + on_cpu, "CPU LoRA")]
     if is_dry:
-        trials.append(Trial("LoRA, float32", LORA + on_cpu, "CPU LoRA", FLOAT32_TOLERANCE, True))
-        return trials
+        return [
+            Trial("CPU LoRA", LORA + on_cpu, "CPU LoRA"),
+            Trial("LoRA, float32", LORA + on_cpu, "CPU LoRA", FLOAT32_TOLERANCE, True),
+        ]
+    trials = [Trial("CPU full", FULL + on_cpu, "CPU full"), Trial("CPU LoRA", LORA + on_cpu, "CPU LoRA")]
     loops = [("full", FULL), ("LoRA", LORA)]
     sharded = [("FSDP2 full", FSDP), ("FSDP2 LoRA", FSDP_LORA)]
     more = [

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All checks: style, then the tests. Arguments go to pytest: bash scripts/test.sh -k resume
 # The tests that run inside pytest come first and take about two minutes; those that start programs take the rest.
+# They run on the CPU; where there is a GPU, tests/test_gpu.py trains every script on it, and on two where there are two.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -35,6 +35,7 @@ from torch.utils.data import Dataset
 
 IGNORE_INDEX = -100  # a label that contributes no loss, as in torch.nn.functional.cross_entropy
 TARGETS_PER_CHUNK = 512  # their logits over 49,152 ids in float32 take 0.1 GB
+LOGITS_PER_CHUNK_ON_GPU = 2**27  # 0.5 GB in float32: each chunk adds to the whole gradient of the output layer
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -722,13 +723,20 @@ def summed_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, targ
     targets = targets.to(hidden_states.device)
     with torch.autocast(device, enabled=False):  # what is float32 inside stays float32
         if hidden_states.dtype in (torch.float32, torch.float64) and has_linear_cross_entropy():
-            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=TARGETS_PER_CHUNK)
+            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=targets_per_chunk(weight))
             return torch.nn.functional.linear_cross_entropy(
                 hidden_states, weight, targets, reduction="sum", options=options
             )
         # In bf16 PyTorch's function rounds the sum to bf16 (0.3 % off at 300 targets), or with reduction="none" each
         # target's loss (0.01 % off) and multiplies by the whole vocabulary once more. Ours is 0.0003 % off.
         return ChunkedCrossEntropy.apply(hidden_states, weight, targets)
+
+
+def targets_per_chunk(weight: torch.Tensor) -> int:
+    """By bytes on a GPU, where larger products are faster; the CPU's caches hold few logits."""
+    if weight.device.type == "cpu":
+        return TARGETS_PER_CHUNK
+    return max(TARGETS_PER_CHUNK, LOGITS_PER_CHUNK_ON_GPU // len(weight))
 
 
 def has_linear_cross_entropy() -> bool:
@@ -750,9 +758,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             grad_hidden = torch.empty_like(hidden_states)
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # chunks are not added up in bf16
-        for start in range(0, len(hidden_states), TARGETS_PER_CHUNK):
-            chunk = hidden_states[start : start + TARGETS_PER_CHUNK]
-            ids = targets[start : start + TARGETS_PER_CHUNK, None]
+        chunk_size = targets_per_chunk(weight)
+        for start in range(0, len(hidden_states), chunk_size):
+            chunk = hidden_states[start : start + chunk_size]
+            ids = targets[start : start + chunk_size, None]
             log_softmax = (chunk @ weight.T).float().log_softmax(1)
             loss -= log_softmax.gather(1, ids).sum()
             if grad_hidden is None and grad_weight is None:
@@ -762,8 +771,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             grad_logits.scatter_add_(1, ids, grad_logits.new_full(ids.shape, -1.0))
             grad_logits = grad_logits.to(hidden_states.dtype)
             if grad_hidden is not None:
-                grad_hidden[start : start + TARGETS_PER_CHUNK] = grad_logits @ weight
-            if grad_weight is not None:
+                grad_hidden[start : start + chunk_size] = grad_logits @ weight
+            if grad_weight is not None and chunk.is_cuda and chunk.dtype != torch.float32:
+                # The product is added in float32 as it is computed; a CPU cannot, and rounds each chunk's to 16 bits.
+                torch.addmm(grad_weight, grad_logits.T, chunk, out_dtype=torch.float32, out=grad_weight)
+            elif grad_weight is not None:
                 grad_weight += grad_logits.T @ chunk
             del log_softmax, grad_logits  # else they would lie beside the next chunk's
         if grad_weight is not None:
@@ -866,6 +878,6 @@ def computes_plain_logits(model: torch.nn.Module, vocab_size: int, loss_function
 
 
 def large_logits(like: torch.Tensor) -> torch.Tensor:
-    """Logits that a cap or a factor must move, as it hardly moves those of a fresh model; integers are exact in bf16."""
+    """Integers, exact in bf16, which a cap or a factor must move; it would hardly move the logits of a fresh model."""
     numbers = torch.arange(like.shape[-1], device=like.device) % 251 - 125
     return numbers.to(like.dtype).expand_as(like)

@@ -242,7 +242,7 @@ def place_layers(num_layers: int, num_devices: int) -> list[int]:
 
 def choose_devices(args: Arguments, config) -> list[torch.device]:
     """No more GPUs than needed: only one of them works at a time, and each border costs a copy."""
-    if args.use_cpu:
+    if args.use_cpu or torch.cuda.device_count() == 0:
         return [torch.device("cpu")]
     num_gpus = min(torch.cuda.device_count(), config.num_hidden_layers)
     if args.num_gpus:

@@ -530,6 +530,8 @@ def test_a_model_lies_on_no_more_gpus_than_it_needs(name, num_billions, gigabyte
     assert len(module.choose_devices(module.Arguments(num_gpus=3), config)) == 3
     assert len(module.choose_devices(module.Arguments(num_gpus=99), config)) == min(8, layers)
     assert module.choose_devices(module.Arguments(use_cpu=True), config) == [torch.device("cpu")]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert module.choose_devices(module.Arguments(), config) == [torch.device("cpu")]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

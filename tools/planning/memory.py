@@ -13,7 +13,9 @@ from .kernels import saved_bytes, uses_autocast
 from .models import Model
 from .strategies import Setup, Strategy
 
-TARGETS_PER_CHUNK = 512  # as in data_collator.py, which computes the loss of joined rows in chunks
+# As in data_collator.py, which computes the loss of joined rows in chunks.
+TARGETS_PER_CHUNK = 512
+LOGITS_PER_CHUNK_ON_GPU = 2**27
 # NF4 with double quantisation (arXiv:2305.14314): 4 bits and 0.127 of constants for each weight.
 NF4_BYTES = 4.127 / 8
 LIVE_PARAMETERS = 1e9  # DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance
@@ -137,7 +139,10 @@ def logits_bytes(model: Model, strategy: Strategy, setup: Setup) -> float:
         return setup.logit_bytes * model.vocab * setup.tokens
     # data_collator.summed_cross_entropy: one chunk of logits at a time, and the gradients for all targets.
     targets = setup.tokens * setup.target_share
-    chunk = min(targets, TARGETS_PER_CHUNK)
+    chunk = TARGETS_PER_CHUNK
+    if not setup.on_cpu:
+        chunk = max(chunk, LOGITS_PER_CHUNK_ON_GPU // model.vocab)
+    chunk = min(targets, chunk)
     input_gradient = size * model.hidden * targets
     if size == 4:
         # torch.nn.functional.linear_cross_entropy: the logits become their own gradient.

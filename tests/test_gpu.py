@@ -44,7 +44,7 @@ for name in STRATEGIES:
     if name.startswith("ZeRO"):
         STRATEGIES[name] += ["--lora_used", str("LoRA" in name)]
 FLOAT32 = 1e-4  # a GPU sums in another order than a CPU
-BF16 = 2e-2  # 8 bits of mantissa in every activation
+BF16 = 1e-2  # 8 bits of mantissa in every activation; on a CPU bf16 is 0.0013 from float32
 
 
 def skip_without_deepspeed(strategy: str) -> None:
@@ -123,7 +123,8 @@ def test_checkpointing_and_compiled_layers_change_no_loss(strategy, flag, train,
 def test_virtual_tokens_have_the_losses_of_the_cpu(mode, train, tmp_path):
     command = ["finetune_pp_peft.py", "--peft_mode", mode, "--num_virtual_tokens", 4]
     expected = train(tmp_path / "cpu", command, "--use_cpu", True, "--bf16", False)
-    assert train(tmp_path / "gpu", command) == pytest.approx(expected, rel=BF16)
+    # The rate is high for a prefix, which acts in every layer: on a CPU bf16 is 0.011 from float32.
+    assert train(tmp_path / "gpu", command) == pytest.approx(expected, rel=3 * BF16)
 
 
 @starts_programs

@@ -1,8 +1,8 @@
 """Full fine-tuning or an adapter with transformers' Trainer and DeepSpeed ZeRO, stage 2 or 3, with or without offload.
 
 Choose it where DeepSpeed is the house standard, or to offload to host memory what the GPUs cannot hold. Bytes on each
-of N GPUs for P parameters of which T are trained, in bf16: ZeRO-2 2 P + 14 T / N, and a step sends the gradients once
-to the shards and the weights once back; ZeRO-3 (2 P + 14 T) / N, and it gathers every layer twice a forward and
+of N GPUs for P parameters of which T are trained, in bf16: ZeRO-2 2 P + 16 T / N, and a step sends the gradients once
+to the shards and the weights once back; ZeRO-3 (2 P + 16 T) / N, and it gathers every layer twice a forward and
 backward, as FSDP does. zero2_offload keeps the optimizer in host memory and zero3_offload the weights, too: every step
 then waits for the PCIe bus.
 

@@ -198,6 +198,8 @@ def check_machine(args: Arguments) -> list[str]:
     num_gpus = torch.cuda.device_count()
     if num_processes > max(1, num_gpus) and not args.use_cpu:
         mistakes.append(f"--use_cpu False: {num_processes} processes need as many GPUs, and there are {num_gpus}")
+    if num_gpus > 0 and not args.use_cpu and not torch.cuda.is_available():
+        mistakes.append("--use_cpu False: PyTorch cannot use the GPUs that are there; python tools/doctor.py says why")
     return mistakes
 
 

@@ -136,6 +136,23 @@ def test_attention_that_the_machine_cannot_compute_is_refused_with_what_it_needs
         script.check_attention(kernel, config, script.Arguments(attn_implementation=kernel))
 
 
+@pytest.mark.parametrize("name", TRAINING)
+def test_gpus_that_pytorch_cannot_use_are_a_mistake_and_not_a_crash(name, monkeypatch, tmp_path):
+    """An older driver: NVML counts the GPUs, and CUDA does not start."""
+    script = importlib.import_module(name[:-3])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    args = script.Arguments(output_dir=str(tmp_path))
+    assert script.check_machine(args) == [
+        "--use_cpu False: PyTorch cannot use the GPUs that are there; python tools/doctor.py says why"
+    ]
+    args.use_cpu = True
+    assert script.check_machine(args) == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args.use_cpu = False
+    assert script.check_machine(args) == []
+
+
 @pytest.mark.parametrize("name", [*PLAIN, *TRAINERS])
 def test_the_attention_that_was_asked_for_reaches_the_model(name, tiny_model):
     script = importlib.import_module(name[:-3])

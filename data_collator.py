@@ -684,13 +684,23 @@ def crosses_documents(model: torch.nn.Module, vocab_size: int) -> bool:
 
 
 def move_to_device(batch: dict, device: torch.device) -> dict:
-    """The batch with its tensors on `device`; its ints stay as they are."""
+    """The batch with its tensors on `device`; its ints stay as they are. Nothing waits for a copy of pinned memory."""
     moved = {}
     for name, value in batch.items():
         moved[name] = value
         if isinstance(value, torch.Tensor):
-            moved[name] = value.to(device)
+            moved[name] = value.to(device, non_blocking=True)
     return moved
+
+
+def pin_memory(batch: dict) -> dict:
+    """The batch with its tensors in memory that is never swapped, from which a GPU copies by itself."""
+    pinned = {}
+    for name, value in batch.items():
+        pinned[name] = value
+        if isinstance(value, torch.Tensor):
+            pinned[name] = value.pin_memory()
+    return pinned
 
 
 # -------------------------------------------------------------------------------------------------------------------

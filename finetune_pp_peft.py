@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib.metadata import version
@@ -558,14 +559,11 @@ def train(args: Arguments, model, compute_loss, tokenizer, rows, eval_dataset, c
     if args.report_to == "tensorboard":
         writer = SummaryWriter(f"{args.output_dir}/runs", purge_step=step + 1)
     progress = tqdm(total=rows.num_steps, initial=step, desc="training", unit="step")
-    collate = DataCollator(args.padding_free)
-    micro_batch_size = args.per_device_train_batch_size
+    steps_ahead = read_ahead(args, rows, step, devices[0])
     model.train()
     while step < rows.num_steps:
         started = time.perf_counter()
-        step_rows = rows.step(step)
-        starts = range(0, len(step_rows), micro_batch_size)
-        micro_batches = [collate(step_rows[start : start + micro_batch_size]) for start in starts]
+        micro_batches = next(steps_ahead)
         # One division by the targets of the whole optimizer step: every target token weighs the same, however the
         # step is cut into micro-batches.
         num_targets = sum(data_collator.num_targets(batch) for batch in micro_batches)
@@ -614,6 +612,30 @@ def train(args: Arguments, model, compute_loss, tokenizer, rows, eval_dataset, c
         writer.close()
     (Path(args.output_dir) / "trainer_state.json").write_text(json.dumps(state, indent=2))
     return state["num_input_tokens_seen"] - tokens_before
+
+
+def read_ahead(args: Arguments, rows: TrainingRows, first_step: int, device: torch.device):
+    """Yields the micro-batches of each optimizer step. A thread makes them while the step before is computed."""
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        ahead = reader.submit(make_micro_batches, args, rows, first_step, device)
+        for step in range(first_step, rows.num_steps):
+            micro_batches = ahead.result()
+            if step + 1 < rows.num_steps:
+                ahead = reader.submit(make_micro_batches, args, rows, step + 1, device)
+            yield micro_batches
+
+
+def make_micro_batches(args: Arguments, rows: TrainingRows, step: int, device: torch.device) -> list[dict]:
+    """The batches of one optimizer step, in memory from which a GPU copies while it computes."""
+    collate = DataCollator(args.padding_free)
+    step_rows = rows.step(step)
+    micro_batches = []
+    for start in range(0, len(step_rows), args.per_device_train_batch_size):
+        batch = collate(step_rows[start : start + args.per_device_train_batch_size])
+        if device.type == "cuda":
+            batch = data_collator.pin_memory(batch)
+        micro_batches.append(batch)
+    return micro_batches
 
 
 def stop_at_signals() -> threading.Event:

@@ -296,8 +296,11 @@ def make_training_arguments(args: Arguments, config, rows: TrainingRows) -> tran
         ddp_timeout=24 * 3600,  # others wait while the first process writes a large checkpoint
         fsdp=True,
         fsdp_config={"version": 2, "cpu_ram_efficient_loading": True},
-        # Else each process would sum the gradients of an optimizer step in a whole copy, not in its shard.
-        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+        accelerator_config={
+            # Else each process would sum the gradients of an optimizer step in a whole copy, not in its shard.
+            "gradient_accumulation_kwargs": {"sync_each_batch": True},
+            "non_blocking": True,  # batches are copied to the GPU while it computes
+        },
     )
     if args.use_cpu:
         # accelerate's list of types that may use FSDP lacks MULTI_CPU, and it would fall back to DDP without a word.

@@ -335,6 +335,7 @@ def make_training_arguments(args: Arguments, config, rows: TrainingRows) -> tran
         report_to=args.report_to,
         logging_nan_inf_filter=False,  # a loss that is not finite is to be seen
         remove_unused_columns=False,  # the collator needs all of them
+        accelerator_config={"non_blocking": True},  # batches are copied to the GPU while it computes
         ddp_timeout=24 * 3600,  # others wait while the first process writes a large checkpoint
         fsdp=True,
         fsdp_config={"version": 2, "cpu_ram_efficient_loading": True},

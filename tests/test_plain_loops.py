@@ -481,6 +481,15 @@ def test_a_model_that_is_spread_with_hooks_gives_the_same_gradients(strategy, ti
     assert all(torch.equal(gradient, hooked[name]) for name, gradient in plain.items())
 
 
+@pytest.mark.parametrize(("name", "mode"), [("finetune_pp", "full"), ("finetune_pp_peft", "lora")])
+def test_a_forward_and_an_update_over_four_fake_devices(name, mode):
+    """No operand lies on another device than its partner; without the moves, one does."""
+    found = run_script("tests/fake_devices.py", name, mode).stdout
+    assert "loss on gpu:3, norm on gpu:0, weights on gpu:0, gpu:1, gpu:2, gpu:3\n" in found
+    failed = run_script("tests/fake_devices.py", name, mode, "unmoved", check=False)
+    assert "found at least two devices" in failed.stderr
+
+
 @pytest.mark.parametrize("name", ["finetune_pp", "finetune_pp_peft"])
 def test_the_inputs_of_each_layer_are_moved_once(name, tiny_model, monkeypatch):
     """Positions and borders of documents, too: the first device has made them."""

@@ -245,3 +245,21 @@ def test_layers_over_two_gpus_have_the_losses_of_one(strategy, train, reference,
     assert losses == pytest.approx(expected_of(strategy, reference), rel=FLOAT32)
     receipt = json.loads((tmp_path / "out" / "run.json").read_text())
     assert receipt["devices"] == ["cuda:0", "cuda:1"]
+
+
+def test_the_loss_in_chunks_adds_its_gradients_in_float32(monkeypatch):
+    """Six chunks whose products are added as they are computed, beside one product in float32."""
+    monkeypatch.setattr(data_collator, "LOGITS_PER_CHUNK_ON_GPU", 0)
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden_states = torch.randn(3000, 64, device="cuda", generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(500, 64, device="cuda", generator=generator).bfloat16().requires_grad_()
+    targets = torch.randint(0, 500, (3000,), device="cuda", generator=generator)
+    loss = data_collator.summed_cross_entropy(hidden_states, weight, targets)
+    loss.backward()
+    exact_states = hidden_states.detach().float().requires_grad_()
+    exact_weight = weight.detach().float().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(exact_states @ exact_weight.T, targets, reduction="sum")
+    exact.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-3)
+    for found, expected in ((hidden_states.grad, exact_states.grad), (weight.grad, exact_weight.grad)):
+        assert (found.float() - expected).norm() <= 1e-2 * expected.norm()

@@ -5,7 +5,7 @@
 # Effective batch: 1 process x 8 rows x 16 accumulation steps = 128 rows.
 # Memory: 2 bytes a parameter of the frozen model over all GPUs together (LLaMA-7B: 13.5 GB), 16 bytes for each trained
 #   one, which are few, and the activations, 7.7 MB a token (8 rows of 512 tokens: 31 GB).
-# Predicted by tools/plan.py, not measured: 45 GB a GPU (nvidia-smi: 51), 13 s a step.
+# Predicted by tools/plan.py, not measured: 46 GB a GPU (nvidia-smi: 52), 13 s a step.
 #   python tools/plan.py --model llama-7b --gpus 1 --strategy pp_peft --rows 8 --accumulation 16 --checkpointing False
 # Cost: one GPU works at a time, so more GPUs hold a larger model and are no faster than one.
 #

@@ -4,7 +4,7 @@
 # Effective batch: 8 GPUs x 8 rows x 2 accumulation steps = 128 rows.
 # Memory of a GPU: 16 bytes a parameter / GPUs (LLaMA-7B: 108 GB / 8 = 13.5 GB), the layer that computes, and the
 #   activations, 6.3 MB a token (8 rows of 512 tokens: 26 GB).
-# Predicted by tools/plan.py, not measured: 41 GB a GPU (nvidia-smi: 47), 2.0 s a step.
+# Predicted by tools/plan.py, not measured: 41 GB a GPU (nvidia-smi: 48), 2.0 s a step.
 #   python tools/plan.py --model llama-7b --strategy FSDP --rows 8 --accumulation 2 --checkpointing False
 # Cost: each forward and backward gathers every layer twice and reduces its gradient to the shards once.
 #

@@ -5,7 +5,7 @@
 # Memory of a GPU: 2 bytes a parameter of the frozen model / GPUs (LLaMA-7B: 13.5 GB / 8 = 1.7 GB), 16 bytes for each
 #   trained one / GPUs, which are few, the layer that computes, and the activations, 7.7 MB a token (16 rows of 512
 #   tokens: 63 GB).
-# Predicted by tools/plan.py, not measured: 66 GB a GPU (nvidia-smi: 74), 1.7 s a step.
+# Predicted by tools/plan.py, not measured: 66 GB a GPU (nvidia-smi: 75), 1.7 s a step.
 #   python tools/plan.py --model llama-7b --strategy FSDP+LoRA --rows 16 --accumulation 1 --checkpointing False
 # Cost: each forward and backward gathers every layer twice; gradients of the frozen model are neither made nor sent.
 #

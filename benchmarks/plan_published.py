@@ -128,6 +128,7 @@ def read_setup(row: dict[str, str]) -> Setup:
         weight_bytes=int(row["weight_bytes"]),
         optimizer_bytes=float(row["optimizer_bytes"]),
         reduce_bytes=int(row["reduce_bytes"]),
+        zero_gradient_bytes=2,  # DeepSpeed's default in bf16
         logit_bytes=int(row["logit_bytes"]),
         loads_whole=row["loads_whole"] == "True",
     )

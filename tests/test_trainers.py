@@ -563,6 +563,7 @@ def test_a_mistake_ends_before_weights_are_loaded(script, flags, environment, na
     command = [script] + given + [str(x) for key, value in defaults.items() if key not in given for x in (key, value)]
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.chdir(ROOT)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

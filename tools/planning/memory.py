@@ -198,12 +198,12 @@ def shards(model: Model, strategy: Strategy, setup: Setup) -> Shards:
         gradients = trained_bytes(strategy, setup) * trained / processes
         optimizer = setup.optimizer_bytes * trained / processes
     else:
-        # DeepSpeed: weights in the compute precision, gradients in float32 and at the update a copy of them; a float32
+        # DeepSpeed: weights in the compute precision, gradients, and at the update a float32 copy of them; a float32
         # master copy of the weights, and the optimizer's state.
         weights = frozen_bytes + size * trained
         if strategy.kind == "zero3":
             weights = weights / processes
-        gradients = 4 * trained / processes
+        gradients = setup.zero_gradient_bytes * trained / processes
         optimizer = (4 + setup.optimizer_bytes) * trained / processes
         gradient_copy = 4 * trained / processes
         if strategy.offload:  # all of it is in host memory
@@ -268,7 +268,7 @@ def deepspeed_travels(model: Model, strategy: Strategy, setup: Setup, states: Sh
 
     What is reduced is joined in a flat copy, a tensor above the bucket's size by itself; gloo copies it again.
     """
-    size = 4  # ds_configs/ have the gradients summed in float32
+    size = setup.zero_gradient_bytes
     largest = size * largest_trained_tensor(model, strategy, setup)
     flat = 0.0
     if num_shards(strategy, setup) > 1:
@@ -685,18 +685,18 @@ def size_of_border(model: Model, setup: Setup) -> float:
 def offloaded_bytes(model: Model, strategy: Strategy, setup: Setup) -> float:
     """Of one process, in host memory instead of on its GPU.
 
-    Master copy, moments, gradients, and gradients on their way, all in float32; ZeRO-2's buffer of the largest tensor's
-    size; ZeRO-3's weights. None of it is freed between steps.
+    Master copy, moments and gradients in float32, gradients on their way; ZeRO-2's buffer of the largest tensor's size;
+    ZeRO-3's weights. None of it is freed between steps.
     """
     if not strategy.offload:
         return 0.0
     size = setup.compute_bytes
     processes = num_shards(strategy, setup)
     trained = trained_params(model, strategy, setup)
-    offloaded = (12 + setup.optimizer_bytes) * trained / processes
+    offloaded = (8 + setup.zero_gradient_bytes + setup.optimizer_bytes) * trained / processes
     if strategy.kind == "zero3":
         return offloaded + size * model.params / processes
-    return offloaded + 4 * largest_trained_tensor(model, strategy, setup)
+    return offloaded + setup.zero_gradient_bytes * largest_trained_tensor(model, strategy, setup)
 
 
 def host_bytes(model: Model, strategy: Strategy, setup: Setup, offloaded: float) -> float:

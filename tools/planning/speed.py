@@ -196,11 +196,11 @@ def communication(model: Model, strategy: Strategy, setup: Setup) -> tuple[Traff
         if strategy.adapter:
             rounds = 2
     elif strategy.kind == "zero2":
-        moved = size * trained
+        moved = setup.zero_gradient_bytes * trained
         at_update = size * trained  # the new weights, gathered once
         rounds = 1
     else:
-        moved = 2 * weights + size * trained
+        moved = 2 * weights + setup.zero_gradient_bytes * trained
         rounds = 3
     shard_nodes = setup.shard_nodes or setup.nodes
     each_micro_step = ring(setup, moved, shard_nodes, rounds * model.layers)

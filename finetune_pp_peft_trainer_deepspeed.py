@@ -446,6 +446,11 @@ def load_model(args: Arguments) -> torch.nn.Module:
         model = add_adapter(args, model)
         if args.peft_path:
             load_adapter(model, Path(args.peft_path))
+        # DeepSpeed does so itself, but in ZeRO-3 not for what was added after it had split the base: an adapter in
+        # float32 would make a float32 copy of each layer's input.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
     elif args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model

@@ -83,7 +83,7 @@ class Setup:
     optimizer_bytes: float = 8  # of the optimizer's state, for each trained weight: AdamW's two moments in float32
     reduce_bytes: int = 4  # of a gradient that FSDP reduces
     zero_gradient_bytes: int = 4  # of one that DeepSpeed keeps and reduces: ds_configs/ ask for float32
-    chunked_loss: bool = True  # with joined rows logits exist for 512 targets at a time, as data_collator.py does it
+    chunked_loss: bool = True  # with joined rows logits exist for a chunk of targets at a time, as in data_collator.py
     logit_bytes: int = 12  # else, of each logit: log-softmax and two gradients in float32; more where others keep it
     loads_whole: bool = False  # QLoRA: the model is loaded in bf16 on the GPU and quantised there, as LitGPT does
     on_cpu: bool = False  # CPU processes

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -120,6 +121,19 @@ def test_the_machine_that_runs_these_tests_passes(tmp_path):
     checks = doctor.check_versions() + doctor.check_limits() + doctor.check_disk(tmp_path / "a" / "b")
     assert "FAIL" not in levels(checks) and len(checks) >= 6
     assert not any(tmp_path.iterdir())
+
+
+def test_the_lock_of_a_compilation_that_was_killed_is_found(tmp_path, monkeypatch):
+    """One that is being held is no fault; one that is left makes every later run with DeepSpeed wait for ever."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert doctor.check_locks() == []
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert levels(doctor.check_locks()) == ["ok"]
+    os.utime(lock, (0, time.time() - 3600))
+    (left,) = doctor.check_locks()
+    assert left.level == "FAIL" and str(lock) in left.found and "delete it" in left.remedy
 
 
 @pytest.fixture

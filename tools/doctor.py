@@ -178,6 +178,19 @@ def check_compilers() -> list[Check]:
     return [Check(NOTE, found, remedy)]
 
 
+def check_locks() -> list[Check]:
+    """A program that was killed while PyTorch compiled for it leaves a lock, for which all later ones wait for ever."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    checks = []
+    for lock in folder.glob("**/lock"):
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+        found = f"{lock} is {minutes:.0f} minutes old: programs with DeepSpeed wait until it is gone"
+        checks.append(check(minutes < 10, found, "delete it, if nothing compiles now"))
+    return checks
+
+
 def check_limits() -> list[Check]:
     """Open files, shared memory (NCCL and data loaders use it), host memory."""
     import psutil
@@ -493,7 +506,7 @@ def read_command(words: list[str]) -> tuple[int, str | None, list[str]]:
     if command and command[0] not in scripts:
         sys.exit(f"error: {command[0]}: behind -- stands one of {', '.join(scripts)}, and its flags")
     if int(num_processes) > 1 and command and command[0] in ("finetune_pp.py", "finetune_pp_peft.py"):
-        sys.exit(f"error: --num_processes {num_processes}: {command[0]} is one process; it takes all visible GPUs")
+        sys.exit(f"error: --num_processes {num_processes}: {command[0]} is one process, on as many GPUs as it needs")
     return int(num_processes), flags["--json"], command
 
 
@@ -517,7 +530,8 @@ def main() -> None:
     output_dir = Path("outputs")
     if command:
         output_dir = Path(parse(command[0], command[1:]).output_dir)
-    machine = check_versions() + check_gpus() + check_compilers() + check_limits() + check_disk(output_dir)
+    machine = check_versions() + check_gpus() + check_compilers() + check_locks()
+    machine += check_limits() + check_disk(output_dir)
     is_good = report("machine", machine)
     if json_path:
         write_machine(json_path)

@@ -1,4 +1,4 @@
-"""Full fine-tuning in a plain PyTorch loop, one process, the decoder layers spread over all visible GPUs.
+"""Full fine-tuning in a plain PyTorch loop, one process, the decoder layers spread over as many GPUs as they need.
 
 Choose it to read, to debug step by step, or when the whole training state (16 bytes a parameter: float32 weights,
 gradients and AdamW's two moments) fits the GPUs of one machine together: the layers lie in contiguous blocks, so one
@@ -114,6 +114,8 @@ def check_arguments(args: Arguments):
     mistakes = check_numbers(args) + check_machine(args)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         mistakes.append("torchrun: this script is one process; finetune_pp_1f1b.py is a pipeline over several")
+    if args.num_gpus > torch.cuda.device_count():
+        mistakes.append(f"--num_gpus {args.num_gpus}: there are {torch.cuda.device_count()}")
 
     def attempt(name: str, action, *context):
         """What `action` makes of a flag's value; its error becomes a mistake of that flag."""
@@ -247,20 +249,14 @@ def choose_devices(args: Arguments, config) -> list[torch.device]:
     """No more GPUs than needed: only one of them works at a time, and each border costs a copy."""
     if args.use_cpu or torch.cuda.device_count() == 0:
         return [torch.device("cpu")]
-    num_gpus = min(torch.cuda.device_count(), config.num_hidden_layers)
-    if args.num_gpus:
-        num_gpus = min(num_gpus, args.num_gpus)
-    else:
-        memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(num_gpus))
+    num_gpus = args.num_gpus
+    if num_gpus == 0:
         # Bytes of a weight: 4 in float32, 4 for its gradient, 8 for AdamW's two moments, 2 for a copy in bf16.
-        num_needed = count_devices(18 * make_skeleton(config).num_parameters(), memory)
-        num_gpus = min(num_gpus, num_needed)
+        num_bytes = 18 * make_skeleton(config).num_parameters()
+        memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+        num_gpus = math.ceil(num_bytes / (memory / 2))  # the other half of each is for activations
+    num_gpus = min(num_gpus, torch.cuda.device_count(), config.num_hidden_layers)
     return [torch.device("cuda", i) for i in range(num_gpus)]
-
-
-def count_devices(num_bytes: int, memory: int) -> int:
-    """Devices of `memory` bytes that hold `num_bytes` of weights and optimizer, and as much again for activations."""
-    return math.ceil(2 * num_bytes / memory)
 
 
 def make_device_map(config, devices: list[torch.device]) -> dict[str, torch.device]:

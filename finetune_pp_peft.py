@@ -1,7 +1,7 @@
-"""Fine-tunes an adapter (lora, prefix, ptuning or prompt) in a plain PyTorch loop, one process, layers over all GPUs.
+"""Fine-tunes an adapter (lora, prefix, ptuning or prompt) in a plain PyTorch loop, one process on one or more GPUs.
 
 Choose it to read, to debug step by step, or when a frozen model fits the GPUs of one machine: the decoder layers lie in
-contiguous blocks on the visible devices, so one GPU works at a time. On a machine without a GPU it runs on the CPU.
+contiguous blocks on as many GPUs as they need, so one works at a time. On a machine without a GPU it runs on the CPU.
 
     python finetune_pp_peft.py
     python finetune_pp_peft.py --peft_mode prefix --num_virtual_tokens 16 --dataset_path data_sample/tokenized/instruct
@@ -127,6 +127,8 @@ def check_arguments(args: Arguments):
     mistakes = check_numbers(args) + check_machine(args)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         mistakes.append("torchrun: this script is one process; finetune_pp_1f1b.py is a pipeline over several")
+    if args.num_gpus > torch.cuda.device_count():
+        mistakes.append(f"--num_gpus {args.num_gpus}: there are {torch.cuda.device_count()}")
 
     def attempt(name: str, action, *context):
         """What `action` makes of a flag's value; its error becomes a mistake of that flag."""
@@ -285,23 +287,16 @@ def choose_devices(args: Arguments, config) -> list[torch.device]:
     """No more GPUs than needed: only one of them works at a time, and each border costs a copy."""
     if args.use_cpu or torch.cuda.device_count() == 0:
         return [torch.device("cpu")]
-    num_gpus = min(torch.cuda.device_count(), config.num_hidden_layers)
-    if args.num_gpus:
-        num_gpus = min(num_gpus, args.num_gpus)
-    else:
-        memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(num_gpus))
-        # Bytes of a weight, which is frozen: 4 in float32, 2 in bf16. The adapter is small beside it.
-        num_bytes = 4
+    num_gpus = args.num_gpus
+    if num_gpus == 0:
+        # A frozen weight has 4 bytes in float32 and 2 in bf16. The adapter is small beside the base.
+        num_bytes = 4 * make_skeleton(config).num_parameters()
         if computes_in_bf16(args):
-            num_bytes = 2
-        num_needed = count_devices(num_bytes * make_skeleton(config).num_parameters(), memory)
-        num_gpus = min(num_gpus, num_needed)
+            num_bytes = num_bytes // 2
+        memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+        num_gpus = math.ceil(num_bytes / (memory / 2))  # the other half of each is for activations
+    num_gpus = min(num_gpus, torch.cuda.device_count(), config.num_hidden_layers)
     return [torch.device("cuda", i) for i in range(num_gpus)]
-
-
-def count_devices(num_bytes: int, memory: int) -> int:
-    """Devices of `memory` bytes that hold `num_bytes` of weights and optimizer, and as much again for activations."""
-    return math.ceil(2 * num_bytes / memory)
 
 
 def make_device_map(config, devices: list[torch.device]) -> dict[str, torch.device]:

@@ -24,7 +24,7 @@ if [ "${USE_CPU:-0}" != 0 ]; then
   set -- --use_cpu True "$@"
 fi
 MODEL=${MODEL:-models/llama-7b}
-if [ -n "${NUM_GPUS:-}" ]; then  # of those that are visible already, or of all: the script takes what it sees
+if [ -n "${NUM_GPUS:-}" ]; then  # of those that are visible already, or of all: the script sees no others
   visible=${CUDA_VISIBLE_DEVICES-$(seq -s, 0 $((NUM_GPUS - 1)))}
   CUDA_VISIBLE_DEVICES=$(echo "$visible" | cut -d, -f"1-$NUM_GPUS")
   export CUDA_VISIBLE_DEVICES

@@ -51,6 +51,7 @@ FACTORS = {
     "tied": (False, True),
 }
 ROWS_PER_STEP = 8
+CPU = torch.device("cpu")
 ASSERTED = {"loss": 1e-5, "grad_norm at step 1": 1e-5, "grad_norm": 1e-4, "eval_loss": 1e-5, "weights": 1e-2}
 COMMON = ["--num_train_epochs", 2, "--learning_rate", 1e-2, "--weight_decay", 0.1, "--eval_steps", 2]
 COMMON += ["--report_to", "none", "--bf16", "False", "--use_cpu", "True"]
@@ -158,14 +159,19 @@ def weights_before(mode: str, flags: list) -> dict[str, torch.Tensor]:
     """What the plain loop starts from: the model's file, or an adapter that its own functions make."""
     if mode == "full":
         return load_file(flags[1] / "model.safetensors")
-    import finetune_pp_peft as script
-
-    parser = script.HfArgumentParser(script.Arguments)
-    (args,) = parser.parse_args_into_dataclasses(list(map(str, flags)))
-    config = script.check_arguments(args)[0]
-    script.set_seed(args.seed)
-    model = script.load_model(args, config, [torch.device("cpu")])
+    model = load_plain("lora", flags)[2]
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def load_plain(trained: str, flags: list) -> tuple:
+    """(the plain loop's module, its arguments, the model before training, the rows)."""
+    plain = importlib.import_module("finetune_pp" if trained == "full" else "finetune_pp_peft")
+    (args,) = plain.HfArgumentParser(plain.Arguments).parse_args_into_dataclasses(list(map(str, flags)))
+    config, _, rows, _, _ = plain.check_arguments(args)
+    plain.set_seed(args.seed)
+    if trained == "full":
+        return plain, args, plain.load_model(args, config, None, [CPU]), rows
+    return plain, args, plain.load_model(args, config, [CPU]), rows
 
 
 def launch(processes: int, script: str, *flags) -> None:
@@ -297,19 +303,11 @@ def test_the_gradients_of_the_first_step_are_the_same_tensor_by_tensor(strategy,
     )
     gradients = torch.load(tmp_path / "gradients.pt")
 
-    plain = importlib.import_module("finetune_pp" if trained == "full" else "finetune_pp_peft")
-    (args,) = plain.HfArgumentParser(plain.Arguments).parse_args_into_dataclasses(list(map(str, data)))
-    config, _, rows, _, _ = plain.check_arguments(args)
-    plain.set_seed(args.seed)
-    cpu = torch.device("cpu")
-    if trained == "full":
-        model = plain.load_model(args, config, None, [cpu])
-    else:
-        model = plain.load_model(args, config, [cpu])
+    plain, args, model, rows = load_plain(trained, data)
     compute_loss = plain.choose_loss(args, model, rows)
     batch = data_collator.DataCollator(True)(rows.step(0))
     model.train()
-    (plain.forward(args, model, compute_loss, batch, cpu) / data_collator.num_targets(batch)).backward()
+    (plain.forward(args, model, compute_loss, batch, CPU) / data_collator.num_targets(batch)).backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -338,16 +336,7 @@ def first_step_with_float32_sums(trained: str, flags: list, precision: str) -> t
         precision: "bf16" for a model in bf16, as FSDP2 and ZeRO have it inside a layer; "autocast" and "float32" for
             the plain loop's own forward.
     """
-    plain = importlib.import_module("finetune_pp" if trained == "full" else "finetune_pp_peft")
-    flags = [*flags, "--bf16", str(precision != "float32")]
-    (args,) = plain.HfArgumentParser(plain.Arguments).parse_args_into_dataclasses(list(map(str, flags)))
-    config, _, rows, _, _ = plain.check_arguments(args)
-    plain.set_seed(args.seed)
-    cpu = torch.device("cpu")
-    if trained == "full":
-        model = plain.load_model(args, config, None, [cpu])
-    else:
-        model = plain.load_model(args, config, [cpu])
+    plain, args, model, rows = load_plain(trained, [*flags, "--bf16", precision != "float32"])
     compute_loss = plain.choose_loss(args, model, rows)
     if precision == "bf16":
         args.bf16 = "False"  # no autocast: all weights are in bf16 already
@@ -360,7 +349,7 @@ def first_step_with_float32_sums(trained: str, flags: list, precision: str) -> t
     loss = 0.0
     gradients = {}
     for batch in batches:
-        micro_loss = plain.forward(args, model, compute_loss, batch, cpu) / num_targets
+        micro_loss = plain.forward(args, model, compute_loss, batch, CPU) / num_targets
         micro_loss.backward()
         loss += micro_loss.item()
         for name, parameter in model.named_parameters():

@@ -685,6 +685,8 @@ MISTAKES = [
     ("--per_device_train_batch_size 0", ["--per_device_train_batch_size 0", "> 0"]),
     ("--lr_scheduler_type step", ["--lr_scheduler_type", "'step'", "cosine", "linear"]),
     ("--bf16 yes", ["--bf16", "'yes'", "auto", "True", "False"]),
+    ("--num_gpus -1", ["--num_gpus -1", ">= 0"]),
+    ("--num_gpus 99", ["--num_gpus 99: there are"]),
     ("--resume_from_checkpoint {missing}", ["--resume_from_checkpoint", "{missing}", "no settings.json"]),
     ("--gradient_accumulation_steps 0 --dataset_path {missing}",
      ["--gradient_accumulation_steps 0", "> 0", "--dataset_path", "no such folder"]),

@@ -42,6 +42,7 @@ import transformers
 from accelerate import DistributedType
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -129,7 +130,7 @@ def check_arguments(args: Arguments):
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
     """
     args.use_cpu |= torch.cuda.device_count() == 0
-    mistakes = check_numbers(args) + check_machine(args) + check_launcher()
+    mistakes = check_numbers(args) + check_machine(args) + check_locks() + check_launcher()
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         mistakes.append("ACCELERATE_USE_FSDP is true, and this script uses DeepSpeed: unset it")
     if args.learning_rate is None:
@@ -209,6 +210,15 @@ def check_machine(args: Arguments) -> list[str]:
         mistakes.append(f"--use_cpu False: {num_processes} processes need as many GPUs, and there are {num_gpus}")
     if num_gpus > 0 and not args.use_cpu and not torch.cuda.is_available():
         mistakes.append("--use_cpu False: PyTorch cannot use the GPUs that are there; python tools/doctor.py says why")
+    return mistakes
+
+
+def check_locks() -> list[str]:
+    """DeepSpeed compiles at its start; a run that was killed then leaves a lock, and all later ones wait for ever."""
+    mistakes = []
+    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).glob("**/lock"):
+        if time.time() - lock.stat().st_mtime > 600:
+            mistakes.append(f"{lock} was left by a compilation that was killed: delete it, if nothing compiles now")
     return mistakes
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch  # noqa: E402
 from datasets import Dataset, Features, Sequence, Value  # noqa: E402
 from harness import WITHOUT_BITSANDBYTES, run_script  # noqa: E402, F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
+from torch.utils.cpp_extension import get_default_build_root  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 IGNORE_INDEX = -100
@@ -97,6 +99,14 @@ def sample_model() -> Path:
     """The real model, fetched if the quickstart has not been run. Its tests are of the xdist_group "sample model"."""
     run_script("tools/get_sample_model.py", HF_HUB_OFFLINE="0")
     return ROOT / "models" / "SmolLM2-135M-Instruct"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Deletes the locks of compilations that were killed: every test with DeepSpeed would wait for them for ever."""
+    if not hasattr(config, "workerinput"):  # once, not in each worker of xdist
+        for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).glob("**/lock"):
+            if time.time() - lock.stat().st_mtime > 600:
+                lock.unlink()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,8 +4,10 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -151,6 +153,19 @@ def test_gpus_that_pytorch_cannot_use_are_a_mistake_and_not_a_crash(name, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     args.use_cpu = False
     assert script.check_machine(args) == []
+
+
+def test_the_lock_of_a_killed_compilation_is_a_mistake_and_not_an_endless_wait(tmp_path, monkeypatch):
+    script = importlib.import_module("finetune_pp_peft_trainer_deepspeed")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert script.check_locks() == []
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()  # a compilation that is going on
+    assert script.check_locks() == []
+    os.utime(lock, (0, time.time() - 3600))
+    (mistake,) = script.check_locks()
+    assert str(lock) in mistake and "delete it" in mistake
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *TRAINERS])

@@ -28,6 +28,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
@@ -77,6 +78,21 @@ class TokenizedFolder:
             if name in table.column_names:
                 self.columns[name] = table.column(name)
         self._check_vocabulary(config, tokenizer)
+
+    def check_context(self, config, passage_length: int) -> None:
+        """The model has a position for every token of a document; one that does not say how many sets no limit."""
+        context = getattr(config, "max_position_embeddings", None)
+        if not context:
+            return
+        longest = pc.max(pc.list_value_length(self.columns["input_ids"])).as_py()
+        remedy = f"tokenize again with --max_length {context}"
+        if not self.has_labels:
+            longest = min(longest, passage_length)
+            remedy = f"draw passages with --passage_length {context}"
+        elif self.packed and longest > context:  # a row of several documents, each of which begins at position 0
+            longest = 1 + max(pc.max(chunk.flatten()).as_py() for chunk in self.columns["position_ids"].chunks)
+        if longest > context:
+            raise ValueError(f"a row has {longest} tokens, and the model can attend to {context}; {remedy}")
 
     def _check_vocabulary(self, config, tokenizer) -> None:
         """The ids were made with this tokenizer, and all of them have a row in the model's embedding."""
@@ -255,8 +271,8 @@ class TokenizedDataset(Dataset):
 
     Raises:
         FileNotFoundError: a folder, its ledger or a part of a set is missing.
-        ValueError: a column is missing, there is no row, an id lies outside the vocabulary, or the set was made with
-            another tokenizer.
+        ValueError: a column is missing, there is no row, an id lies outside the vocabulary, a row is longer than the
+            model's context, or the set was made with another tokenizer.
     """
 
     def __init__(self, path: str | Path, config=None, tokenizer=None, passage_length: int = 0, seed: int = 0):
@@ -270,6 +286,7 @@ class TokenizedDataset(Dataset):
                 if not folder.has_labels and not passage_length:
                     raise ValueError("no column labels beside input_ids, so it holds whole documents; draw from them "
                                      "with --random_passage True, or tokenize_dataset.py answers")  # fmt: skip
+                folder.check_context(config, passage_length)
             except (ValueError, OSError) as problem:
                 if len(mix) == 1:
                     raise

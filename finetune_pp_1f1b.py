@@ -17,20 +17,25 @@ last run.json (the receipt). SIGTERM saves a checkpoint and ends.
 """
 
 import argparse
+import atexit
+import contextlib
 import copy
+import fcntl
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
 import zipfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -61,6 +66,7 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # nothing happens to their
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 ATTENTION_KERNELS = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+PATHS = ("model_path", "dataset_path", "eval_dataset_path", "output_dir", "resume_from_checkpoint")
 # Flags that a resumed run must share with the interrupted one, besides the rows and their order.
 SHARED_BY_RESUMED = (
     "model_path", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
@@ -168,10 +174,22 @@ def check_arguments(args: Arguments):
     rows = TrainingRows(dataset, rows_per_step, args.num_train_epochs, args.max_steps, args.seed)
     attempt("lr_scheduler_kwargs", json.loads)
     attempt("lr_scheduler_type", check_schedule, args, rows.num_steps)
+    if not mistakes:
+        attempt("warmup_steps", check_rates, args, rows.num_steps)
     checkpoint = attempt("resume_from_checkpoint", find_checkpoint, args.output_dir, resume_settings(args, rows))
     if mistakes:
         raise ValueError("\n".join(mistakes))
     return config, tokenizer, rows, eval_dataset, checkpoint
+
+
+def expand_home(args: Arguments) -> Arguments:
+    """A shell expands `~` at the beginning of a word only, and not in --output_dir=~/run."""
+    paths = {}
+    for name in PATHS:
+        value = getattr(args, name)
+        if value is not None:
+            paths[name] = re.sub(r"(^|,)~(?=/)", rf"\1{Path.home()}", value)
+    return replace(args, **paths)
 
 
 def check_numbers(args: Arguments) -> list[str]:
@@ -279,6 +297,20 @@ def check_schedule(name: str, args: Arguments, num_steps: int) -> None:
         make_schedule(args, optimizer, num_steps)
     except (TypeError, KeyError, AttributeError) as problem:
         raise ValueError(f"{problem}; --lr_scheduler_kwargs {args.lr_scheduler_kwargs} takes more settings") from None
+
+
+def check_rates(warmup_steps: float, args: Arguments, num_steps: int) -> None:
+    """Says what the schedule will do: a run in which nothing is trained must not look like any other."""
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=args.learning_rate)
+    (factor,) = make_schedule(args, optimizer, num_steps).lr_lambdas
+    rates = [args.learning_rate * factor(step) for step in range(num_steps)]
+    highest = max(rates)
+    if highest <= 0:
+        raise ValueError(f"the rate is 0 in all of the {num_steps} optimizer steps; lower it")
+    print(f"{num_steps} optimizer steps, {rates.count(0)} of them at rate 0; the highest rate is {highest:.3g} "
+          f"at step {rates.index(highest) + 1}")  # fmt: skip
+    if highest < 0.99 * args.learning_rate:
+        print(f"warning: that is below --learning_rate {args.learning_rate}; lower --warmup_steps {warmup_steps}")
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -501,15 +533,19 @@ def make_optimizer(args: Arguments, model: torch.nn.Module) -> torch.optim.Optim
     return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
 
 
+def count_warmup_steps(args: Arguments, num_steps: int) -> int:
+    """Steps until the peak. Warm-up begins at rate 0, so a run of one step has none if only a share was asked for."""
+    if args.warmup_steps >= 1:
+        return math.ceil(args.warmup_steps)
+    return min(math.ceil(args.warmup_steps * num_steps), num_steps - 1)
+
+
 def make_schedule(args: Arguments, optimizer: torch.optim.Optimizer, num_steps: int):
     """Warm-up, then the schedule."""
-    warmup_steps = args.warmup_steps
-    if warmup_steps < 1:
-        warmup_steps *= num_steps
     return get_scheduler(
         args.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=math.ceil(warmup_steps),
+        num_warmup_steps=count_warmup_steps(args, num_steps),
         num_training_steps=num_steps,
         scheduler_specific_kwargs=json.loads(args.lr_scheduler_kwargs),
     )
@@ -702,6 +738,7 @@ def save_checkpoint(args: Arguments, stage: Stage, weights: StageWeights, optimi
     if stage.is_first:
         assert len(list(folder.glob("stage-*"))) == stage.num_stages, "all machines must see the same --output_dir"
         (folder / "trainer_state.json").write_text(json.dumps(state, indent=2))
+        let_others_read(folder)
         publish_checkpoint(args, folder, resume_settings(args, rows))
     dist.barrier()  # no process leaves before it is in its place
     return Path(args.output_dir) / folder.name
@@ -737,7 +774,15 @@ def save_model(args: Arguments, model, tokenizer, checkpoint: Path, folder: Path
         save_file(trained, folder / "trainable.safetensors")
         for name in list(trained):
             trained[name.replace(".default.", ".")] = trained[name]  # PEFT's name
+    let_others_read(folder)
     check_saved(list(folder.glob("*.safetensors")), trained)
+
+
+def let_others_read(folder: Path) -> None:
+    """safetensors makes files that only their owner can read; they get the rights of the others, as the umask says."""
+    mode = next(folder.glob("*.json")).stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def read_stages(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -788,6 +833,16 @@ def delete_checkpoint(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def stop_if_disk_is_full(output_dir: Path, problem: Exception) -> None:
+    """Libraries raise many errors at a full disk, and none of them names the disk or what to do."""
+    disk = shutil.disk_usage(output_dir)
+    if "No space left" in str(problem) or "quota exceeded" in str(problem) or disk.free < 2**20:
+        print(f"error: {output_dir} could not be written: its disk is full ({disk.free / 1e6:,.1f} MB of "
+              f"{disk.total / 1e9:,.1f} GB are free); make room, and --resume_from_checkpoint True goes on from "
+              "the newest checkpoint, which is whole", file=sys.stderr, flush=True)  # fmt: skip
+        os._exit(1)  # as in leave
 
 
 def write_receipt(args: Arguments, rows: TrainingRows, device: torch.device, num_tokens: int, seconds: float) -> None:
@@ -946,15 +1001,67 @@ def load_checkpoint(checkpoint: Path, stage: Stage, weights: StageWeights, optim
     return state
 
 
+def claim_folder(output_dir: Path, checkpoint: Path | None):
+    """Makes the folder of the run and locks it; returns the lock file, which the system frees when the process ends.
+
+    Raises:
+        ValueError: another run is going on in it, or it holds a former run that cannot be moved out of the way.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    is_above = output_dir.resolve() in (Path.cwd(), *Path.cwd().parents)
+    if is_above and checkpoint is None and holds_a_run(output_dir):
+        raise ValueError(f"--output_dir {output_dir}: it holds a former run, and you are in it; name another folder")
+    lock = open(output_dir / ".lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise ValueError(f"--output_dir {output_dir}: a run is going on in it ({lock.read()}); name another") from None
+    except OSError as problem:  # a file system that has no locks
+        print(f"{output_dir} cannot be locked ({problem}): start no other run in it")
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}")
+    lock.flush()
+    atexit.register(free_folder, lock)
+    return lock
+
+
+def free_folder(lock) -> None:
+    """Deletes the lock, and the folder if nothing was written into it."""
+    Path(lock.name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        Path(lock.name).parent.rmdir()
+
+
+def holds_a_run(output_dir: Path) -> bool:
+    return bool(list_checkpoints(output_dir)) or (output_dir / "run.json").is_file()
+
+
 def set_former_run_aside(output_dir: Path, checkpoint: Path | None) -> None:
-    """Renames a folder that holds a run, unless that run is resumed from `checkpoint`: a new run would overwrite it."""
+    """Moves a former run out of the folder, unless it is resumed from `checkpoint`: a new one would overwrite it."""
     if checkpoint is not None:
         shutil.rmtree(output_dir / ".deleting", ignore_errors=True)  # what a kill left of an older checkpoint
         (output_dir / "run.json").unlink(missing_ok=True)  # it is written again when the resumed run has finished
         return
-    if list_checkpoints(output_dir) or (output_dir / "run.json").is_file():
-        former = output_dir.rename(f"{output_dir}.{time.strftime('%Y%m%d-%H%M%S')}")
-        print(f"{output_dir} held a former run, which is now {former}")
+    if not holds_a_run(output_dir):
+        return
+    # The folder itself stays: it may be a link, or a disk that is mounted there.
+    folder = output_dir.resolve()
+    suffix = f".{time.strftime('%Y%m%d-%H%M%S')}"
+    contents = [path for path in folder.iterdir() if path.name != ".lock" and not path.name.startswith("former.")]
+    former = folder.with_name(folder.name + suffix)
+    try:
+        former.mkdir()
+        contents[0].rename(former / contents[0].name)
+    except OSError:  # nothing can be moved out of a mounted disk, or made beside the folder
+        if former.is_dir():
+            former.rmdir()
+        former = folder / f"former{suffix}"
+        former.mkdir()
+        contents[0].rename(former / contents[0].name)
+    for path in contents[1:]:
+        path.rename(former / path.name)
+    print(f"{output_dir} held a former run, which is now {former}")
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -1029,8 +1136,11 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")
     try:
         (args,) = parser.parse_args_into_dataclasses()
+        args = expand_home(args)
         config, tokenizer, rows, eval_dataset, checkpoint = check_arguments(args)
-    except (ValueError, argparse.ArgumentError) as mistakes:
+        if is_first:
+            lock = claim_folder(Path(args.output_dir), checkpoint)
+    except (ValueError, OSError, argparse.ArgumentError) as mistakes:
         if not is_first:
             sys.exit(1)
         sys.exit(f"error: {mistakes}\n--help lists every flag with its default")
@@ -1044,16 +1154,22 @@ def main() -> None:
     tokens_before = 0
     if checkpoint:
         tokens_before = json.loads((checkpoint / "trainer_state.json").read_text())["num_input_tokens_seen"]
-    state, checkpoint = train(args, stage, weights, rows, eval_dataset, checkpoint)
-    step = state["global_step"]
-    if step < rows.num_steps:
-        done.set()
-        stop(f"SIGTERM: step {step} is saved; --resume_from_checkpoint True goes on from there")
+    try:
+        state, checkpoint = train(args, stage, weights, rows, eval_dataset, checkpoint)
+        step = state["global_step"]
+        if step < rows.num_steps:
+            done.set()
+            stop(f"SIGTERM: step {step} is saved; --resume_from_checkpoint True goes on from there")
+        if is_first:
+            save_model(args, model, tokenizer, checkpoint, output_dir)
+            shutil.rmtree(output_dir / ".writing", ignore_errors=True)
+        num_tokens = state["num_input_tokens_seen"] - tokens_before
+        write_receipt(args, rows, device, num_tokens, time.perf_counter() - started)
+    except (OSError, RuntimeError, SafetensorError) as problem:
+        stop_if_disk_is_full(output_dir, problem)
+        raise
     if is_first:
-        save_model(args, model, tokenizer, checkpoint, output_dir)
-        shutil.rmtree(output_dir / ".writing", ignore_errors=True)
-    num_tokens = state["num_input_tokens_seen"] - tokens_before
-    write_receipt(args, rows, device, num_tokens, time.perf_counter() - started)
+        free_folder(lock)
     done.set()
 
 

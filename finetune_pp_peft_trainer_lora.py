@@ -13,19 +13,24 @@ loss curve), runs/ (TensorBoard) and last run.json (the receipt). SIGTERM saves 
 """
 
 import argparse
+import atexit
+import contextlib
 import copy
+import fcntl
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import zipfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -56,6 +61,7 @@ from data_collator import DataCollator, LossHead, TokenizedDataset, TrainingRows
 
 PEFT_TYPES = {"lora": "LORA", "prefix": "PREFIX_TUNING", "ptuning": "P_TUNING", "prompt": "PROMPT_TUNING"}
 ATTENTION_KERNELS = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+PATHS = ("model_path", "peft_path", "dataset_path", "eval_dataset_path", "output_dir", "resume_from_checkpoint")
 # Flags that a resumed run must share with the interrupted one, besides the rows and their order.
 SHARED_BY_RESUMED = (
     "model_path", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
@@ -164,6 +170,8 @@ def check_arguments(args: Arguments):
     rows = TrainingRows(dataset, rows_per_step, args.num_train_epochs, args.max_steps, args.seed)
     attempt("lr_scheduler_kwargs", json.loads)
     attempt("lr_scheduler_type", check_schedule, args, rows.num_steps)
+    if not mistakes:
+        attempt("warmup_steps", check_rates, args, rows.num_steps)
     checkpoint = attempt("resume_from_checkpoint", find_checkpoint, args.output_dir, resume_settings(args, rows))
     if mistakes:
         raise ValueError("\n".join(mistakes))
@@ -171,6 +179,16 @@ def check_arguments(args: Arguments):
         print(f"--padding_free False: --peft_mode {args.peft_mode} puts its virtual tokens before each row of a batch")
         args.padding_free = False
     return config, tokenizer, rows, eval_dataset, checkpoint, skeleton
+
+
+def expand_home(args: Arguments) -> Arguments:
+    """A shell expands `~` at the beginning of a word only, and not in --output_dir=~/run."""
+    paths = {}
+    for name in PATHS:
+        value = getattr(args, name)
+        if value is not None:
+            paths[name] = re.sub(r"(^|,)~(?=/)", rf"\1{Path.home()}", value)
+    return replace(args, **paths)
 
 
 def check_numbers(args: Arguments) -> list[str]:
@@ -281,15 +299,33 @@ def check_schedule(name: str, args: Arguments, num_steps: int) -> None:
         raise ValueError(f"{problem}; --lr_scheduler_kwargs {args.lr_scheduler_kwargs} takes more settings") from None
 
 
+def check_rates(warmup_steps: float, args: Arguments, num_steps: int) -> None:
+    """Says what the schedule will do: a run in which nothing is trained must not look like any other."""
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=args.learning_rate)
+    (factor,) = make_schedule(args, optimizer, num_steps).lr_lambdas
+    rates = [args.learning_rate * factor(step) for step in range(num_steps)]
+    highest = max(rates)
+    if highest <= 0:
+        raise ValueError(f"the rate is 0 in all of the {num_steps} optimizer steps; lower it")
+    print(f"{num_steps} optimizer steps, {rates.count(0)} of them at rate 0; the highest rate is {highest:.3g} "
+          f"at step {rates.index(highest) + 1}")  # fmt: skip
+    if highest < 0.99 * args.learning_rate:
+        print(f"warning: that is below --learning_rate {args.learning_rate}; lower --warmup_steps {warmup_steps}")
+
+
+def count_warmup_steps(args: Arguments, num_steps: int) -> int:
+    """Steps until the peak. Warm-up begins at rate 0, so a run of one step has none if only a share was asked for."""
+    if args.warmup_steps >= 1:
+        return math.ceil(args.warmup_steps)
+    return min(math.ceil(args.warmup_steps * num_steps), num_steps - 1)
+
+
 def make_schedule(args: Arguments, optimizer: torch.optim.Optimizer, num_steps: int):
     """Warm-up, then the schedule."""
-    warmup_steps = args.warmup_steps
-    if warmup_steps < 1:
-        warmup_steps *= num_steps
     return get_scheduler(
         args.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=math.ceil(warmup_steps),
+        num_warmup_steps=count_warmup_steps(args, num_steps),
         num_training_steps=num_steps,
         scheduler_specific_kwargs=json.loads(args.lr_scheduler_kwargs),
     )
@@ -323,7 +359,7 @@ def make_training_arguments(args: Arguments, config, rows: TrainingRows) -> tran
         learning_rate=args.learning_rate,
         lr_scheduler_type=args.lr_scheduler_type,
         lr_scheduler_kwargs=json.loads(args.lr_scheduler_kwargs),
-        warmup_steps=args.warmup_steps,
+        warmup_steps=count_warmup_steps(args, rows.num_steps),
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
         logging_steps=args.logging_steps,
@@ -551,6 +587,7 @@ class FSDPTrainer(transformers.Trainer):
         if self.args.should_save:
             save_adapter(self.skeleton, trained, folder)
             self.processing_class.save_pretrained(folder)
+            let_others_read(folder)
 
     # These two are private in transformers, which has no public way to leave the weights out of the optimizer's file.
 
@@ -578,7 +615,7 @@ class RunCallback(transformers.TrainerCallback):
         self.terminated = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: self.terminated.set())
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+    def on_train_begin(self, args, state, control, model, optimizer, lr_scheduler, **kwargs) -> None:
         """The model is wrapped now: is it sharded, do documents stay apart, and which loss does it allow?"""
         trainer = self.trainer
         if not all(trainer.is_sharded(parameter) for parameter in model.parameters()):
@@ -591,6 +628,14 @@ class RunCallback(transformers.TrainerCallback):
                 stop(f"error: --attn_implementation {trainer.script_args.attn_implementation}: {problem}")
         if trainer.loss_head and not data_collator.computes_plain_logits(model, vocab_size, trainer.summed_loss):
             trainer.loss_head = None
+        # The rate of this schedule: that of a run that is extended is another one than it was saved with.
+        rates = []
+        for group, rate, factor in zip(
+            optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True
+        ):  # fmt: skip
+            group["lr"] = rate * factor(state.global_step)
+            rates.append(group["lr"])
+        lr_scheduler.load_state_dict(lr_scheduler.state_dict() | {"_last_lr": rates})  # what the log shows
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         rows = self.trainer.train_dataset
@@ -645,6 +690,13 @@ def save_adapter(skeleton: peft.PeftModel, trained: dict[str, torch.Tensor], fol
     check_saved(folder, trained | peft.get_peft_model_state_dict(skeleton, save_embedding_layers=False))
 
 
+def let_others_read(folder: Path) -> None:
+    """safetensors makes files that only their owner can read; they get the rights of the others, as the umask says."""
+    mode = next(folder.glob("*.json")).stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
+
+
 def check_saved(folder: Path, trained: dict[str, torch.Tensor]) -> None:
     """Reads back every tensor of the safetensors files in `folder`, one at a time, and compares it with `trained`.
 
@@ -693,6 +745,17 @@ def delete_checkpoint(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def stop_if_disk_is_full(output_dir: Path, problem: Exception) -> None:
+    """Libraries raise many errors at a full disk, and none of them names the disk or what to do."""
+    disk = shutil.disk_usage(output_dir)
+    if "No space left" in str(problem) or "quota exceeded" in str(problem) or disk.free < 2**20:
+        if dist.get_rank() > 0:
+            os._exit(1)  # one message is enough
+        sys.exit(f"error: {output_dir} could not be written: its disk is full ({disk.free / 1e6:,.1f} MB of "
+                 f"{disk.total / 1e9:,.1f} GB are free); make room, and --resume_from_checkpoint True goes on from "
+                 "the newest checkpoint, which is whole")  # fmt: skip
 
 
 def write_receipt(args: Arguments, rows: TrainingRows, device: torch.device, num_tokens: int, seconds: float) -> None:
@@ -827,15 +890,67 @@ def find_damage(checkpoint: Path) -> str | None:
     return None
 
 
+def claim_folder(output_dir: Path, checkpoint: Path | None):
+    """Makes the folder of the run and locks it; returns the lock file, which the system frees when the process ends.
+
+    Raises:
+        ValueError: another run is going on in it, or it holds a former run that cannot be moved out of the way.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    is_above = output_dir.resolve() in (Path.cwd(), *Path.cwd().parents)
+    if is_above and checkpoint is None and holds_a_run(output_dir):
+        raise ValueError(f"--output_dir {output_dir}: it holds a former run, and you are in it; name another folder")
+    lock = open(output_dir / ".lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise ValueError(f"--output_dir {output_dir}: a run is going on in it ({lock.read()}); name another") from None
+    except OSError as problem:  # a file system that has no locks
+        print(f"{output_dir} cannot be locked ({problem}): start no other run in it")
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}")
+    lock.flush()
+    atexit.register(free_folder, lock)
+    return lock
+
+
+def free_folder(lock) -> None:
+    """Deletes the lock, and the folder if nothing was written into it."""
+    Path(lock.name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        Path(lock.name).parent.rmdir()
+
+
+def holds_a_run(output_dir: Path) -> bool:
+    return bool(list_checkpoints(output_dir)) or (output_dir / "run.json").is_file()
+
+
 def set_former_run_aside(output_dir: Path, checkpoint: Path | None) -> None:
-    """Renames a folder that holds a run, unless that run is resumed from `checkpoint`: a new run would overwrite it."""
+    """Moves a former run out of the folder, unless it is resumed from `checkpoint`: a new one would overwrite it."""
     if checkpoint is not None:
         shutil.rmtree(output_dir / ".deleting", ignore_errors=True)  # what a kill left of an older checkpoint
         (output_dir / "run.json").unlink(missing_ok=True)  # it is written again when the resumed run has finished
         return
-    if list_checkpoints(output_dir) or (output_dir / "run.json").is_file():
-        former = output_dir.rename(f"{output_dir}.{time.strftime('%Y%m%d-%H%M%S')}")
-        print(f"{output_dir} held a former run, which is now {former}")
+    if not holds_a_run(output_dir):
+        return
+    # The folder itself stays: it may be a link, or a disk that is mounted there.
+    folder = output_dir.resolve()
+    suffix = f".{time.strftime('%Y%m%d-%H%M%S')}"
+    contents = [path for path in folder.iterdir() if path.name != ".lock" and not path.name.startswith("former.")]
+    former = folder.with_name(folder.name + suffix)
+    try:
+        former.mkdir()
+        contents[0].rename(former / contents[0].name)
+    except OSError:  # nothing can be moved out of a mounted disk, or made beside the folder
+        if former.is_dir():
+            former.rmdir()
+        former = folder / f"former{suffix}"
+        former.mkdir()
+        contents[0].rename(former / contents[0].name)
+    for path in contents[1:]:
+        path.rename(former / path.name)
+    print(f"{output_dir} held a former run, which is now {former}")
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -852,8 +967,11 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")
     try:
         (args,) = parser.parse_args_into_dataclasses()
+        args = expand_home(args)
         config, tokenizer, rows, eval_dataset, checkpoint, skeleton = check_arguments(args)
-    except (ValueError, argparse.ArgumentError) as mistakes:
+        if is_first:
+            lock = claim_folder(Path(args.output_dir), checkpoint)
+    except (ValueError, OSError, argparse.ArgumentError) as mistakes:
         if not is_first:
             sys.exit(1)
         sys.exit(f"error: {mistakes}\n--help lists every flag with its default")
@@ -880,17 +998,23 @@ def main() -> None:
     if checkpoint:
         tokens_before = json.loads((checkpoint / "trainer_state.json").read_text())["num_input_tokens_seen"]
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    step = trainer.state.global_step
-    if step < rows.num_steps:
-        stop(f"SIGTERM: step {step} is saved; --resume_from_checkpoint True goes on from there")
-    trainer.save_model(args.output_dir)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        step = trainer.state.global_step
+        if step < rows.num_steps:
+            stop(f"SIGTERM: step {step} is saved; --resume_from_checkpoint True goes on from there")
+        trainer.save_model(args.output_dir)
+        if is_first:
+            trainer.state.save_to_json(output_dir / "trainer_state.json")
+            shutil.rmtree(output_dir / ".writing")
+        seconds = time.perf_counter() - started
+        num_tokens = trainer.state.num_input_tokens_seen - tokens_before
+        write_receipt(args, rows, training_args.device, num_tokens, seconds)
+    except (OSError, RuntimeError, SafetensorError) as problem:
+        stop_if_disk_is_full(output_dir, problem)
+        raise
     if is_first:
-        trainer.state.save_to_json(output_dir / "trainer_state.json")
-        shutil.rmtree(output_dir / ".writing")
-    seconds = time.perf_counter() - started
-    num_tokens = trainer.state.num_input_tokens_seen - tokens_before
-    write_receipt(args, rows, training_args.device, num_tokens, seconds)
+        free_folder(lock)
 
 
 def leave() -> None:

@@ -111,7 +111,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the tests that start programs, which scripts/test.sh runs last: they use one of these names."""
-    starters = {"run_script", "runs", "sample_model", "subprocess", "start_slow_run", "reference"}
+    starters = {"run_script", "Runs", "runs", "sample_model", "subprocess", "start_script", "reference"}
     for item in items:
         used = {*item.function.__code__.co_names, *item.fixturenames}
         if used & starters or item.path.name in ("test_quickstart.py", "test_doctor.py", "test_launchers.py"):

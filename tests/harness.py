@@ -6,15 +6,20 @@ instead of ten. What happens inside such a run is seen by a probe: a function of
 own before main() begins.
 """
 
+import atexit
 import contextlib
+import functools
 import importlib
 import json
 import multiprocessing
 import os
 import random
+import select
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -42,15 +47,108 @@ NUM_STEPS = 12  # four epochs of three steps
 COMMON = ["--learning_rate", 1e-2, "--use_cpu", "True", "--report_to", "none", "--bf16", "False"]
 
 
-def run_script(*command, check: bool = True, **environment) -> subprocess.CompletedProcess:
-    """Starts a script of the toolkit as a user would: `run_script("finetune_pp.py", "--max_steps", 3)`."""
-    completed = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | WITHOUT_BITSANDBYTES | environment,
-        capture_output=True,
-        text=True,
-    )
+class ForkServer:
+    """tests/fork_server.py. It ends with the worker of pytest that has started it."""
+
+    def __init__(self):
+        command = [sys.executable, ROOT / "tests" / "fork_server.py"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | WITHOUT_BITSANDBYTES
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, env=environment, bufsize=0, **pipes)
+        self.unread = b""
+        self.started = []
+        self.codes = {}  # of the processes that have ended
+
+    def start(self, **request) -> int:
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        while not self.started:
+            self.read_answers()
+        return self.started.pop()
+
+    def read_answers(self, timeout: float | None = None) -> None:
+        if not select.select([self.process.stdout], [], [], timeout)[0]:
+            return
+        received = self.process.stdout.read(65536)
+        assert received, "tests/fork_server.py has ended"
+        *lines, self.unread = (self.unread + received).split(b"\n")
+        for line in lines:
+            kind, process, *code = line.split()
+            if kind == b"started":
+                self.started.append(int(process))
+            else:
+                self.codes[int(process)] = int(code[0])
+
+
+@functools.cache
+def fork_server() -> ForkServer:
+    return ForkServer()
+
+
+class Forked:
+    """A program of the toolkit that runs in a fork; like subprocess.Popen."""
+
+    def __init__(self, command, output: Path, error: Path, **environment):
+        command = [str(part) for part in command]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        self.server = fork_server()
+        self.pid = self.server.start(command=command, environment=environment, output=str(output), error=str(error))
+        self.returncode = None
+
+    def poll(self) -> int | None:
+        self.server.read_answers(timeout=0)
+        if self.pid in self.server.codes:
+            self.returncode = self.server.codes.pop(self.pid)
+        return self.returncode
+
+    def wait(self) -> int:
+        while self.poll() is None:
+            self.server.read_answers(timeout=1)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def start_script(*command, output: Path = Path(os.devnull), error: Path = Path(os.devnull), num_processes: int = 1):
+    """Starts a program in forks: as `python program flags`, or as torchrun would with several processes."""
+    if num_processes == 1:
+        return [Forked(command, output, error)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
+    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+    return [Forked(command, output, error, **rank) for rank in ranks]
+
+
+def run_script(
+    *command, check: bool = True, num_processes: int = 1, fresh: bool = False, **environment
+) -> subprocess.CompletedProcess:
+    """Runs a program of the toolkit as a user would: `run_script("finetune_pp.py", "--max_steps", 3)`.
+
+    It runs in a fork of a process that has the libraries, unless it is to be `fresh` or has an environment of its own.
+    The first of several processes that fails ends the others, as under torchrun.
+    """
+    if fresh or environment:
+        completed = subprocess.run(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | WITHOUT_BITSANDBYTES | environment,
+            capture_output=True,
+            text=True,
+        )
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            output, error = Path(folder, "output"), Path(folder, "error")
+            processes = start_script(*command, output=output, error=error, num_processes=num_processes)
+            while None in [process.poll() for process in processes] and not any(p.returncode for p in processes):
+                processes[0].server.read_answers(timeout=1)
+            for process in processes:
+                process.send_signal(signal.SIGKILL)
+            codes = [process.wait() for process in processes]
+            code = next((code for code in codes if code not in (0, -signal.SIGKILL)), max(codes, key=abs))
+            completed = subprocess.CompletedProcess(command, code, output.read_text(), error.read_text())
     if check and completed.returncode != 0:
         pytest.fail(f"{' '.join(map(str, command))}\n{completed.stdout}\n{completed.stderr}")
     return completed
@@ -105,8 +203,9 @@ def run_main(script: str, flags: list[str], environment: dict, log: Path, probe=
     if probe:
         probe(module, *context)
     module.main()
-    if "trainer" in script:
+    if hasattr(module, "leave"):  # the scripts of several processes
         module.leave()
+    atexit._run_exitfuncs()  # multiprocessing ends its processes without
 
 
 class Runs:

@@ -436,7 +436,8 @@ def test_a_former_run_is_set_aside_whole(args, settings, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]  # it holds no run
     save_checkpoint(args, settings, 20)
     set_former_run_aside(output_dir, None)
-    (former,) = tmp_path.iterdir()
+    assert list(output_dir.iterdir()) == []
+    (former,) = [path for path in tmp_path.iterdir() if path != output_dir]
     assert former.name.startswith("run.2")
     assert find_damage(former / "checkpoint-20") is None
     assert (former / "notes.txt").read_text() == "mine"
@@ -448,8 +449,9 @@ def test_a_finished_run_without_checkpoints_is_set_aside(args, tmp_path):
     output_dir.mkdir()
     (output_dir / "run.json").write_text("{}")
     set_former_run_aside(output_dir, None)
-    (former,) = tmp_path.iterdir()
+    (former,) = [path for path in tmp_path.iterdir() if path != output_dir]
     assert former.name.startswith("run.2") and (former / "run.json").is_file()
+    assert list(output_dir.iterdir()) == []
 
 
 def test_a_run_that_is_resumed_stays_and_has_no_receipt_until_it_has_finished(args, settings):

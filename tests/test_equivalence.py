@@ -175,9 +175,8 @@ def load_plain(trained: str, flags: list) -> tuple:
 
 
 def launch(processes: int, script: str, *flags) -> None:
-    """Starts a script as a user does: plain for one process, by torchrun for more."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
-    run_script(*torchrun, f"{script}.py", *flags)
+    """Runs a script in as many processes."""
+    run_script(f"{script}.py", *flags, num_processes=processes)
 
 
 def relative(a: float, b: float) -> float:
@@ -240,9 +239,14 @@ def test_every_strategy_trains_the_same_model(
     assert {name: value for name, value in largest.items() if not value <= ASSERTED[name]} == {}
 
 
-# Started by torchrun: a script's own functions, with the gradients of the first optimizer step written down.
-GRADIENTS = """
-import importlib, sys
+# Run in two processes: a script's own functions, with the gradients of the first optimizer step written down.
+GRADIENTS = (
+    f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+"""
+    + """
+import importlib
 import torch, transformers
 name, output = sys.argv[1:3]
 sys.argv = sys.argv[2:]
@@ -280,6 +284,7 @@ else:
 script.main()
 script.leave()
 """
+)
 
 
 @pytest.mark.parametrize(
@@ -295,11 +300,10 @@ def test_the_gradients_of_the_first_step_are_the_same_tensor_by_tensor(strategy,
     (tmp_path / "driver.py").write_text(GRADIENTS)
     data = [*data_flags(parts, "padding-free", False), *COMMON, *(MODES["lora"] if trained == "lora" else [])]
     run_script(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2),
         *(tmp_path / "driver.py", script, tmp_path / "gradients.pt", *data, "--max_steps", 1),
         *(str(flag).format(**parts) for flag in flags),
         *("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4, "--output_dir", tmp_path / "run"),
-        PYTHONPATH=str(ROOT),
+        num_processes=2,
     )
     gradients = torch.load(tmp_path / "gradients.pt")
 
@@ -378,11 +382,10 @@ def test_in_bf16_the_loss_its_divisor_and_the_sums_of_gradients_are_float32(stra
     data += ["--learning_rate", 1e-2, "--report_to", "none", "--use_cpu", "True"]
     data += MODES["lora"] if trained == "lora" else []
     run_script(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2),
         *(tmp_path / "driver.py", script, tmp_path / "gradients.pt", *data, "--bf16", "True"),
         *(str(flag).format(**parts) for flag in flags),
         *("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4, "--output_dir", tmp_path / "run"),
-        PYTHONPATH=str(ROOT),
+        num_processes=2,
     )
     log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"][0]
     gradients = torch.load(tmp_path / "gradients.pt")

@@ -7,15 +7,14 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, make_tokenizer, random_rows, run_script, save_rows, save_tiny_model
-from harness import history_of, newest_complete, weights_of
+from conftest import make_tokenizer, random_rows, run_script, save_rows, save_tiny_model
+from harness import history_of, newest_complete, start_script, weights_of
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -102,17 +101,6 @@ def test_a_step_gives_the_same_numbers_however_it_is_cut(strategy, tiny_model, t
 NUM_STEPS = 40
 
 
-def start_slow_run(script, *flags):
-    """A run in the background that saves after every step."""
-    return subprocess.Popen(
-        [sys.executable, script, *map(str, flags)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,  # a pipe that nobody reads would fill up with progress bars and block the run
-    )
-
-
 def kill_while_saving(process, output_dir, after_step):
     """SIGKILL as soon as a checkpoint beyond `after_step` is being written."""
     while process.poll() is None:
@@ -153,9 +141,9 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(strategy, tmp_path)
 
     torn = tmp_path / "torn"
     resume = [*flags, "--output_dir", torn, "--resume_from_checkpoint", "True"]
-    kill_while_saving(start_slow_run(f"{name}.py", *resume), torn, after_step=3)
+    kill_while_saving(start_script(f"{name}.py", *resume)[0], torn, after_step=3)
     assert newest_complete(torn) >= 2
-    kill_at_random(start_slow_run(f"{name}.py", *resume), torn)
+    kill_at_random(start_script(f"{name}.py", *resume)[0], torn)
     last = newest_complete(torn)
     assert 3 <= last < NUM_STEPS
     assert f"resuming from {torn}/checkpoint-{last}\n" in run_script(f"{name}.py", *resume).stdout
@@ -578,13 +566,13 @@ def test_a_signal_saves_a_checkpoint_and_the_next_start_goes_on(strategy, number
     name, mode_flags = STRATEGIES[strategy]
     flags = ["--model_path", tiny_model, "--dataset_path", tiny_set, "--max_steps", 400, "--save_steps", 1000, *FAST]
     resume = [*flags, *mode_flags, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "True"]
-    command = [sys.executable, f"{name}.py", *map(str, resume), "--logging_steps", "1"]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        seen = ""
-        while "1/400" not in seen and process.poll() is None:
-            seen += process.stderr.read(40)
-        process.send_signal(number)
-        seen += process.stderr.read()
+    error = tmp_path / "error"
+    (process,) = start_script(f"{name}.py", *resume, "--logging_steps", "1", error=error)
+    while process.poll() is None and not (error.exists() and "1/400" in error.read_text()):
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.wait()
+    seen = error.read_text()
     step = newest_complete(tmp_path / "out")
     assert process.returncode == 1 and 0 < step < 400, seen
     assert f"step {step} is saved; --resume_from_checkpoint True goes on from there" in seen

@@ -26,9 +26,15 @@ def copy_repository(target: Path) -> Path:
     made = shutil.ignore_patterns(".git", ".venv", "models", "outputs", "tokenized", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, target, ignore=made)
     environment = target / ".venv"
-    environment.mkdir()
-    for path in Path(sys.prefix).iterdir():  # links keep pyvenv.cfg beside bin/, so that Python finds its packages
-        (environment / path.name).symlink_to(path)
+    (environment / "bin").mkdir(parents=True)
+    # The programs are links, but python is started by its own path: where PyTorch has another one, DeepSpeed compiles
+    # anew, for two minutes.
+    for path in Path(sys.executable).parent.iterdir():
+        (environment / "bin" / path.name).symlink_to(path)
+    for name in ("python", "python3"):
+        (environment / "bin" / name).unlink()
+        (environment / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        (environment / "bin" / name).chmod(0o755)
     marker = subprocess.run(
         ["bash", "-c", "source scripts/environment.sh; marker"], cwd=target, capture_output=True, text=True, check=True
     ).stdout.strip()

@@ -789,7 +789,7 @@ def test_a_kill_at_any_step_of_writing_leaves_the_old_set_or_the_new_one(
         former = tmp_path / "former"
         run_main(monkeypatch, *flags, "--answer", "letter", "--output", former)
     (tmp_path / "runs").mkdir()
-    completed = run_script("-c", KILL_AT_EVERY_STEP, tmp_path / "runs", former, SCRIPT, *flags, check=False)
+    completed = run_script("-c", KILL_AT_EVERY_STEP, tmp_path / "runs", former, SCRIPT, *flags, check=False, fresh=True)
     num_kills = len(list((tmp_path / "runs").iterdir())) - 1
     assert completed.stderr.splitlines()[-1] == f"{num_kills} kills, then status 0"
     assert num_kills >= 6  # two folders made, three files of datasets, the ledger, the rename

@@ -920,7 +920,7 @@ def main() -> None:
         save_model(model, tokenizer, output_dir)
         shutil.rmtree(output_dir / ".writing", ignore_errors=True)
         write_receipt(args, rows, devices, num_tokens, time.perf_counter() - started)
-    except (OSError, RuntimeError, SafetensorError) as problem:
+    except Exception as problem:
         stop_if_disk_is_full(output_dir, problem)
         raise
 

@@ -1165,7 +1165,7 @@ def main() -> None:
             shutil.rmtree(output_dir / ".writing", ignore_errors=True)
         num_tokens = state["num_input_tokens_seen"] - tokens_before
         write_receipt(args, rows, device, num_tokens, time.perf_counter() - started)
-    except (OSError, RuntimeError, SafetensorError) as problem:
+    except Exception as problem:
         stop_if_disk_is_full(output_dir, problem)
         raise
     if is_first:

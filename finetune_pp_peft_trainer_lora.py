@@ -1010,7 +1010,7 @@ def main() -> None:
         seconds = time.perf_counter() - started
         num_tokens = trainer.state.num_input_tokens_seen - tokens_before
         write_receipt(args, rows, training_args.device, num_tokens, seconds)
-    except (OSError, RuntimeError, SafetensorError) as problem:
+    except Exception as problem:
         stop_if_disk_is_full(output_dir, problem)
         raise
     if is_first:

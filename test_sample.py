@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, set_seed
 from data_sample.rendering import expected_answer, messages_before_answer, read_tools
 from tools import loading
 from tools.loading import ModelSource, collect, has_virtual_tokens
+from tools.paths import expand_home
 
 WINDOW_BATCHES = 16  # so many batches are sorted by length together, and written together
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # as in transformers' GenerationConfig
@@ -503,6 +504,7 @@ def main() -> None:
     other_answers = []
     try:
         (args,) = parser.parse_args_into_dataclasses()
+        args = expand_home(args)
         questions = check_arguments(args)
         if args.output:
             start = count_finished(args, questions.source.tokenizer.batch_decode(questions.prompts))

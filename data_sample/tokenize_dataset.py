@@ -59,6 +59,7 @@ from data_sample.ledger import Ledger, explain_empty_split, plot_lengths, print_
 from data_sample.reading import Files, find_files, hash_files, read_chunks
 from data_sample.rendering import fingerprint_tokenizer, make_template, vocabulary_hash
 from data_sample.writing import SetWriter, publish
+from tools.paths import expand_home
 
 SHOWN_BROKEN_ROWS = 10
 
@@ -503,6 +504,7 @@ def main() -> None:
     parser = HfArgumentParser(Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
     try:
         (args,) = parser.parse_args_into_dataclasses()
+        args = expand_home(args)
         check_arguments(args)
         ledgers = build(args, load_tokenizer(args))
     except (ValueError, OSError) as mistake:

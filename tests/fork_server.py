@@ -98,7 +98,7 @@ def main() -> None:
     for name in LIBRARIES:
         importlib.import_module(name)
     # What the first model that is loaded waits for half a second.
-    sys.modules["transformers"].conversion_mapping.get_checkpoint_conversion_mapping("llama")
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
     request = serve(answers)
     if request is not None:
         become(request)

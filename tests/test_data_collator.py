@@ -118,6 +118,33 @@ def test_a_set_without_targets_is_an_error(tmp_path):
         TokenizedDataset(save_rows(random_rows(2), tmp_path / "set", {"targets": 0}))
 
 
+def test_a_row_longer_than_the_models_context_is_refused(tmp_path):
+    """A packed row may be longer: each of its documents begins at position 0. Of a document a passage is drawn."""
+    config = LlamaConfig(vocab_size=300, max_position_embeddings=16)
+    ids = list(range(3, 23))
+    rows = [{"input_ids": ids[:5], "labels": ids[:5]}, {"input_ids": ids, "labels": ids}]
+    long = save_rows(rows, tmp_path / "long")
+    with pytest.raises(ValueError, match="a row has 20 tokens, and the model can attend to 16; .*--max_length 16"):
+        TokenizedDataset(long, config)
+    with pytest.raises(ValueError, match=f"{long}: a row has 20 tokens"):
+        TokenizedDataset(f"{save_rows(rows[:1], tmp_path / 'short')}:1,{long}:1", config)
+    assert len(TokenizedDataset(save_rows(rows[:1], tmp_path / "again"), config)) == 1
+    assert len(TokenizedDataset(long, LlamaConfig(vocab_size=300, max_position_embeddings=20))) == 2
+    no_limit = transformers.BloomConfig(vocab_size=300)  # ALiBi: its configuration names none
+    assert len(TokenizedDataset(long, no_limit)) == 2
+
+    packed = {"input_ids": ids, "labels": ids, "position_ids": [*range(8), *range(12)]}
+    assert len(TokenizedDataset(save_rows([packed], tmp_path / "packed"), config)) == 1
+    packed["position_ids"] = [*range(3), *range(17)]
+    with pytest.raises(ValueError, match="a row has 17 tokens"):
+        TokenizedDataset(save_rows([packed], tmp_path / "packed-long"), config)
+
+    documents = save_rows([{"input_ids": ids}], tmp_path / "documents")
+    assert len(TokenizedDataset(documents, config, passage_length=16)) == 1
+    with pytest.raises(ValueError, match="a row has 18 tokens, .*--passage_length 16"):
+        TokenizedDataset(documents, config, passage_length=18)
+
+
 @pytest.mark.parametrize("wrong_id", [300, 2**31 - 1, -1])
 def test_an_id_outside_the_vocabulary_is_an_error(tmp_path, wrong_id):
     rows = random_rows(3)

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
 
 
+@pytest.mark.slow  # three minutes
 def test_a_dry_run_goes_through_every_part(tmp_path):
     completed = run_script("benchmarks/gpu.py", "--dry", True, "--output_dir", tmp_path, check=False)
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

@@ -587,4 +587,4 @@ def test_a_path_with_a_tilde_is_the_home_folder(model, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     save_adapter(model, tmp_path / "adapter")
     assert loading.open_model("~/model", "~/adapter").peft_path == str(tmp_path / "adapter")
-    assert "--model_path ~/none: no such folder" in run(test_sample, monkeypatch, "--model_path", "~/none")
+    assert f"--model_path {tmp_path}/none: no such folder" in run(test_sample, monkeypatch, "--model_path", "~/none")

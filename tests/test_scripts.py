@@ -207,6 +207,7 @@ DIFFERENT = {
     "write_receipt",
     "resume_settings",
     "stop",
+    "stop_if_disk_is_full",
     "main",
     "Trainer.__init__",
     "Trainer.is_sharded",

@@ -24,6 +24,7 @@ from data_sample.rendering import user_message
 from test_sample import check_sampling, generate, load_model, sampling
 from tools import loading
 from tools.loading import ModelSource, collect
+from tools.paths import expand_home
 
 COMMANDS = """/reset         forget the conversation
 /system TEXT   begin anew with this system message; without TEXT: with none
@@ -204,6 +205,7 @@ def main() -> None:
     parser = HfArgumentParser(Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
     try:
         (args,) = parser.parse_args_into_dataclasses()
+        args = expand_home(args)
         source, template = check_arguments(args)
         model = load_model(source, args.load_in_4bit == "True", args.use_cpu)
     except ValueError as mistakes:

@@ -60,6 +60,7 @@ from convert_llama_weights_to_hf import (
     verify,
     write_report,
 )
+from tools.paths import expand_home
 
 
 @dataclass
@@ -353,6 +354,7 @@ def main() -> None:
     stop_at_signals()
     try:
         (args,) = parser.parse_args_into_dataclasses()
+        args = expand_home(args)
         plan = check_arguments(args)
     except ValueError as mistakes:
         sys.exit(f"error: {mistakes}\n--help lists every flag with its default")

@@ -43,6 +43,7 @@ from data_collator import IGNORE_INDEX, DataCollator, TokenizedDataset, find_par
 from data_sample.rendering import LETTERS, adds_bos, find_places
 from tools import loading
 from tools.loading import SAMPLE_MODEL, ModelSource, collect, has_virtual_tokens
+from tools.paths import expand_home
 
 NUM_BINS = 10  # of the calibration error
 
@@ -904,6 +905,7 @@ def main() -> None:
     parser = HfArgumentParser(Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
     try:
         (args,) = parser.parse_args_into_dataclasses()
+        args = expand_home(args)
         runs = check_arguments(args)
         if args.compare:
             comparison = compare(args, runs)

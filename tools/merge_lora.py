@@ -35,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools import gguf_export, loading
 from tools.loading import PEFT_PREFIX, Adapter, ModelSource, collect
+from tools.paths import expand_home
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference of the logits, relative to the largest logit, that rounding the weights explains.
@@ -441,6 +442,7 @@ def main() -> None:
     parser = HfArgumentParser(Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
     try:
         (args,) = parser.parse_args_into_dataclasses()
+        args = expand_home(args)
         job = check_arguments(args)
         output = Path(args.output).expanduser()
         write_output(args, job, output)

@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data_collator import TokenizedDataset, TrainingRows
+from tools.paths import expand_home
 
 
 @dataclass
@@ -85,6 +86,7 @@ def coverage(dataset: TokenizedDataset, num_epochs: int, seed: int) -> list[list
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments, usage="%(prog)s --dataset_path FOLDER").parse_args_into_dataclasses()
+    args = expand_home(args)
     try:
         if min(args.num_train_epochs, args.passage_length) < 1:
             raise ValueError("--num_train_epochs and --passage_length must be at least 1")

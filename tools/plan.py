@@ -30,6 +30,7 @@ import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from paths import expand_home
 from planning import search, show
 from planning.hardware import DISKS, GB, GPU, GPUS, HOST_LINKS, NETWORKS, PCIE4, TFLOPS, GiB, Machine, read_prices
 from planning.models import MATRICES, MODELS, load_model
@@ -431,6 +432,7 @@ def main() -> None:
     parser = HfArgumentParser(Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False)
     try:
         (args,) = parser.parse_args_into_dataclasses()
+        args = expand_home(args)
         if args.list:
             return print_lists()
         if args.published:

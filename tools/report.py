@@ -34,6 +34,9 @@ import matplotlib.ticker
 import numpy as np
 from transformers import HfArgumentParser
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tools.paths import expand_home
+
 MAX_POINTS = 2000  # drawn of each curve; beyond that a bucket's least and greatest value stand for it
 CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
 # transformers' TensorBoard callback writes evaluation under another name than log_history.
@@ -496,6 +499,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that a training script wrote")
     try:
         args, positional = parser.parse_args_into_dataclasses()
+        args = expand_home(args)
         check_arguments(args, positional.runs)
     except ValueError as mistakes:
         sys.exit(f"error: {mistakes}\n--help lists every flag with its default")

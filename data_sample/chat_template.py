@@ -535,6 +535,8 @@ def text_behind_prompt(prompt: str, before_answer: str) -> str:
         if same > longest:
             longest = same
             best = num_behind
+        if longest >= 12:  # further back the conversation may repeat itself: the nearest place is the right one
+            break
     return before_answer[len(before_answer) - best :]
 
 

@@ -642,6 +642,16 @@ def as_learned(message: dict, name: str) -> str:
     return f"{content}{call}</s>"
 
 
+def test_a_turn_begins_behind_the_nearest_prompt_where_the_conversation_repeats_itself(tmp_path, chat_tokenizers):
+    """The template strips an earlier turn, so the prompt is not a part of the conversation; its texts are the same."""
+    tokenizer = chat_tokenizers["reads earlier content"]
+    messages = [{"role": role, "content": "\nline"} for role in ("system", "assistant")]
+    messages.append({"role": "assistant", "content": "0"})
+    rows, _ = tokenize(tmp_path, [{"messages": messages}], tokenizer)
+    learned = [text_of(tokenizer, ids) for row in rows for _, ids in turns_of(row)]
+    assert learned == ["\nline</s>", "0</s>"]
+
+
 @settings(deadline=None, max_examples=250)
 @given(st.data(), st.sampled_from(sorted(TEMPLATES)), st.booleans())
 def test_any_conversation_is_trained_as_it_is_served(tmp_path_factory, chat_tokenizers, data, name, packing):

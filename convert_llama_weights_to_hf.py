@@ -51,8 +51,6 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, HfArgumentParser, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from tools.paths import expand_home
-
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 BYTES_OF_UNIT = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -1733,7 +1731,9 @@ def main() -> None:
         sys.exit("error: --to_meta: python tools/convert_hf_to_meta.py does this now, with the same other flags")
     try:
         (args,) = parser.parse_args_into_dataclasses()
-        args = expand_home(args)
+        # A shell expands `~` at the beginning of a word only, and not in --output_dir=~/models.
+        args.input_dir = str(Path(args.input_dir).expanduser())
+        args.output_dir = str(Path(args.output_dir).expanduser())
         plan = check_arguments(args)
     except ValueError as mistakes:
         sys.exit(f"error: {mistakes}\n--help lists every flag with its default")

@@ -42,6 +42,8 @@ def copy_repository(target: Path) -> Path:
         (target / marker).touch()
     sample = save_tiny_model(target / "models" / "SmolLM2-135M-Instruct")
     (sample / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    config = json.loads((sample / "config.json").read_text())
+    (sample / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))  # as the real one has
     return target
 
 

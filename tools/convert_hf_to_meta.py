@@ -60,7 +60,6 @@ from convert_llama_weights_to_hf import (
     verify,
     write_report,
 )
-from tools.paths import expand_home
 
 
 @dataclass
@@ -354,7 +353,8 @@ def main() -> None:
     stop_at_signals()
     try:
         (args,) = parser.parse_args_into_dataclasses()
-        args = expand_home(args)
+        args.input_dir = str(Path(args.input_dir).expanduser())
+        args.output_dir = str(Path(args.output_dir).expanduser())
         plan = check_arguments(args)
     except ValueError as mistakes:
         sys.exit(f"error: {mistakes}\n--help lists every flag with its default")

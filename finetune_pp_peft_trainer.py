@@ -53,6 +53,7 @@ from transformers import (
     get_scheduler,
     set_seed,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 import data_collator
 from data_collator import DataCollator, LossHead, TokenizedDataset, TrainingRows
@@ -209,12 +210,26 @@ def check_launcher() -> list[str]:
 
 
 def load_config(path: str):
-    """The configuration of the model in folder `path` or on the hub."""
-    if not Path(path).is_dir() and path.startswith((".", "/", "~", "models/", "outputs/")):
+    """The configuration of the model in folder `path` or on the hub; the files of a folder can be read."""
+    folder = Path(path)
+    if not folder.is_dir() and path.startswith((".", "/", "~", "models/", "outputs/")):
         raise FileNotFoundError("no such folder; bash scripts/quickstart.sh fetches the sample model")
-    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
-        raise FileNotFoundError("no .safetensors file in it; name the folder of a whole model")
-    return AutoConfig.from_pretrained(path)
+    files = list(folder.glob("*.safetensors"))
+    if folder.is_dir() and not files:
+        pickles = ", ".join(file.name for file in folder.glob("pytorch_model*.bin")) or "no weights"
+        raise FileNotFoundError(f"no .safetensors file in it but {pickles}; name the folder of a whole model; "
+                                f"python tools/doctor.py -- SCRIPT --model_path {path} says more")  # fmt: skip
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):  # compares the header with the file's size
+                pass
+        except SafetensorError as problem:
+            raise ValueError(f"{file.name} is cut off, or a Git LFS pointer instead of the file ({problem}); download "
+                             "it again: hf download MODEL, or git lfs pull") from None  # fmt: skip
+    config = AutoConfig.from_pretrained(path)
+    if not hasattr(config, "vocab_size"):
+        raise ValueError(f"{config.model_type} is no model of text alone; name a model that is")
+    return config
 
 
 def check_attention(kernel: str, config, args: Arguments) -> None:
@@ -471,7 +486,8 @@ class FSDPTrainer(transformers.Trainer):
             model.save_pretrained(folder, state_dict=trained)
             self.processing_class.save_pretrained(folder)
             let_others_read(folder)
-            check_saved(folder, trained)
+            # By the names in the files: experts are fused in memory only.
+            check_saved(folder, revert_weight_conversion(model, trained))
 
     # These two are private in transformers, which has no public way to leave the weights out of the optimizer's file.
 

@@ -232,12 +232,26 @@ def check_launcher() -> list[str]:
 
 
 def load_config(path: str):
-    """The configuration of the model in folder `path` or on the hub."""
-    if not Path(path).is_dir() and path.startswith((".", "/", "~", "models/", "outputs/")):
+    """The configuration of the model in folder `path` or on the hub; the files of a folder can be read."""
+    folder = Path(path)
+    if not folder.is_dir() and path.startswith((".", "/", "~", "models/", "outputs/")):
         raise FileNotFoundError("no such folder; bash scripts/quickstart.sh fetches the sample model")
-    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
-        raise FileNotFoundError("no .safetensors file in it; name the folder of a whole model")
-    return AutoConfig.from_pretrained(path)
+    files = list(folder.glob("*.safetensors"))
+    if folder.is_dir() and not files:
+        pickles = ", ".join(file.name for file in folder.glob("pytorch_model*.bin")) or "no weights"
+        raise FileNotFoundError(f"no .safetensors file in it but {pickles}; name the folder of a whole model; "
+                                f"python tools/doctor.py -- SCRIPT --model_path {path} says more")  # fmt: skip
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):  # compares the header with the file's size
+                pass
+        except SafetensorError as problem:
+            raise ValueError(f"{file.name} is cut off, or a Git LFS pointer instead of the file ({problem}); download "
+                             "it again: hf download MODEL, or git lfs pull") from None  # fmt: skip
+    config = AutoConfig.from_pretrained(path)
+    if not hasattr(config, "vocab_size"):
+        raise ValueError(f"{config.model_type} is no model of text alone; name a model that is")
+    return config
 
 
 def check_adapter(folder: str, peft_mode: str) -> None:
@@ -413,6 +427,19 @@ def make_adapter_config(args: Arguments) -> peft.PeftConfig:
     return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=args.num_virtual_tokens)
 
 
+def keep_settings(args: Arguments, config: peft.PeftConfig) -> None:
+    """An adapter to go on from has settings of its own; the receipt then says what was trained."""
+    if config.peft_type != peft.PeftType.LORA:
+        return
+    found = {"lora_rank": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    for name, value in found.items():
+        if getattr(args, name) != value:
+            print(f"--{name} {getattr(args, name)} is not used: the adapter in --peft_path has {value}")
+    args.lora_rank, args.lora_alpha, args.lora_dropout = config.r, config.lora_alpha, config.lora_dropout
+    if not isinstance(config.target_modules, str):
+        args.lora_target_modules = ",".join(sorted(config.target_modules))
+
+
 def add_adapter(args: Arguments, model) -> peft.PeftModel:
     """Freezes `model` and puts a new adapter on it, or one of the shape that --peft_path has.
 
@@ -425,8 +452,14 @@ def add_adapter(args: Arguments, model) -> peft.PeftModel:
     if args.peft_path:
         config = peft.PeftConfig.from_pretrained(args.peft_path)
         config.inference_mode = False
-    model = peft.get_peft_model(model, config)
-    if args.peft_mode == "lora" and "all-linear" not in args.lora_target_modules:
+        keep_settings(args, config)
+    try:
+        model = peft.get_peft_model(model, config)
+    except ValueError as problem:
+        if "lora_dropout" in str(problem):
+            raise ValueError(f"{problem}; set --lora_dropout 0") from None
+        raise
+    if args.peft_mode == "lora" and not args.peft_path and "all-linear" not in args.lora_target_modules:
         adapted = [f".{path}" for path in model.base_model.targeted_module_names]
         for name in args.lora_target_modules.split(","):
             if not any(path.endswith(f".{name.strip()}") for path in adapted):
@@ -481,11 +514,15 @@ def load_model(args: Arguments, checkpoint: Path | None) -> peft.PeftModel:
 
 def load_adapter(model: peft.PeftModel, folder: Path) -> None:
     """Loads all that is trained: PEFT's own file lacks ptuning's MLP and a projected prefix, ours does not."""
-    if (folder / "trainable.safetensors").is_file():
-        keys = model.load_state_dict(load_file(folder / "trainable.safetensors"), strict=False)
-        assert not keys.unexpected_keys, f"{folder} holds another adapter"
-    else:
-        peft.set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    try:
+        if (folder / "trainable.safetensors").is_file():
+            keys = model.load_state_dict(load_file(folder / "trainable.safetensors"), strict=False)
+            assert not keys.unexpected_keys, f"{folder} holds another adapter"
+        else:
+            peft.set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    except RuntimeError as problem:
+        mismatch = str(problem).splitlines()[-1].strip()
+        sys.exit(f"error: --peft_path {folder}: its adapter does not fit the model of --model_path: {mismatch}")
 
 
 def check_loading(args: Arguments, loading: dict) -> None:

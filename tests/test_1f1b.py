@@ -31,6 +31,7 @@ from harness import (
     weights_of,
 )
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_equivalence import ASSERTED, MODES, deviations, pack, weights_before
 from test_launchers import command_of, text_of
@@ -513,10 +514,10 @@ def test_a_mistake_ends_before_weights_are_loaded(flags, environment, named, tmp
     places = {"untied": folder / "model", "gpt2": folder / "gpt2", "none": folder / "none"}
     if not folder.exists():
         save_rows(random_rows(4), folder / "rows")
-        (save_tiny_model(folder / "model") / "model.safetensors").write_bytes(b"not weights")
+        save_file({"none": torch.zeros(1)}, save_tiny_model(folder / "model") / "model.safetensors")
         make_tokenizer().save_pretrained(folder / "gpt2")
         (folder / "gpt2" / "config.json").write_text('{"model_type": "gpt2", "n_layer": 2, "vocab_size": 300}')
-        (folder / "gpt2" / "model.safetensors").write_bytes(b"not weights")
+        save_file({"none": torch.zeros(1)}, folder / "gpt2" / "model.safetensors")
     given = flags.format(**places).split()
     defaults = {"--model_path": places["untied"], "--dataset_path": folder / "rows", "--output_dir": tmp_path / "out"}
     given += [str(word) for name, value in defaults.items() if name not in given for word in (name, value)]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import make_tokenizer, random_rows, run_script, save_rows, save_tiny_model
 from harness import history_of, newest_complete, start_script, weights_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import data_collator
@@ -628,7 +628,7 @@ def broken(tmp_path_factory):
     """A model whose weights cannot be loaded: a mistake that is found before them never touches the file."""
     folder = tmp_path_factory.mktemp("broken")
     model = save_tiny_model(folder / "model")
-    (model / "model.safetensors").write_bytes(b"not weights")
+    save_file({"none": torch.zeros(1)}, model / "model.safetensors")
     good = save_rows(random_rows(9), folder / "rows")
     no_labels = save_rows([{"input_ids": [1, 2, 3]}], folder / "no_labels")
     empty = save_rows([], folder / "empty")

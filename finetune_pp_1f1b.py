@@ -853,6 +853,8 @@ def stop_if_disk_is_full(output_dir: Path, problem: Exception) -> None:
     """Libraries raise many errors at a full disk, and none of them names the disk or what to do."""
     disk = shutil.disk_usage(output_dir)
     if "No space left" in str(problem) or "quota exceeded" in str(problem) or disk.free < 2**20:
+        if dist.get_rank() > 0:
+            time.sleep(5)  # the first rank mostly sees it, too, and one message is enough
         print(f"error: {output_dir} could not be written: its disk is full ({disk.free / 1e6:,.1f} MB of "
               f"{disk.total / 1e9:,.1f} GB are free); make room, and --resume_from_checkpoint True goes on from "
               "the newest checkpoint, which is whole", file=sys.stderr, flush=True)  # fmt: skip

@@ -192,7 +192,7 @@ STARTED = {
     "FSDP2": ("finetune_pp_peft_trainer.py", []),
     "FSDP2+LoRA": ("finetune_pp_peft_trainer_lora.py", []),
     "ZeRO-2": ("finetune_pp_peft_trainer_deepspeed.py", ["--deepspeed", "ds_configs/zero2.json"]),
-    "1F1B": ("finetune_pp_1f1b.py", []),
+    "1F1B": ("finetune_pp_1f1b.py", ["--gradient_accumulation_steps", "2"]),
 }
 
 
@@ -202,6 +202,7 @@ STARTED = {
         pytest.param(strategy, room, marks=[] if (strategy, room) == ("plain PEFT", 1.5) else pytest.mark.slow)
         for strategy in STARTED
         for room in ROOM
+        if (strategy, room) != ("1F1B", 3.1)  # beside whose checkpoints the model is small: it finds room
     ],
 )
 def test_a_full_disk_is_one_message_and_loses_nothing(strategy, room, full_disk_parts, disk, tmp_path):

@@ -79,11 +79,11 @@ class TokenizedFolder:
                 self.columns[name] = table.column(name)
         self._check_vocabulary(config, tokenizer)
 
-    def check_context(self, config, passage_length: int) -> None:
-        """The model has a position for every token of a document; one that does not say how many sets no limit."""
-        context = getattr(config, "max_position_embeddings", None)
-        if not context:
-            return
+    def check_context(self, config, passage_length: int) -> int:
+        """The most tokens of a row that attend to each other; the model must have a position for each of them."""
+        context = math.inf  # of a model that does not say how many it has
+        if getattr(config, "max_position_embeddings", None):
+            context = config.max_position_embeddings
         longest = pc.max(pc.list_value_length(self.columns["input_ids"])).as_py()
         remedy = f"tokenize again with --max_length {context}"
         if not self.has_labels:
@@ -93,6 +93,7 @@ class TokenizedFolder:
             longest = 1 + max(pc.max(chunk.flatten()).as_py() for chunk in self.columns["position_ids"].chunks)
         if longest > context:
             raise ValueError(f"a row has {longest} tokens, and the model can attend to {context}; {remedy}")
+        return longest
 
     def _check_vocabulary(self, config, tokenizer) -> None:
         """The ids were made with this tokenizer, and all of them have a row in the model's embedding."""
@@ -280,13 +281,14 @@ class TokenizedDataset(Dataset):
         self.passage_length = passage_length
         self.seed = seed
         self.folders = []
+        self.longest = 0  # tokens of a row that attend to each other
         for name in mix:
             try:
                 folder = TokenizedFolder(name, config, tokenizer)
                 if not folder.has_labels and not passage_length:
                     raise ValueError("no column labels beside input_ids, so it holds whole documents; draw from them "
                                      "with --random_passage True, or tokenize_dataset.py answers")  # fmt: skip
-                folder.check_context(config, passage_length)
+                self.longest = max(self.longest, folder.check_context(config, passage_length))
             except (ValueError, OSError) as problem:
                 if len(mix) == 1:
                     raise

@@ -157,7 +157,7 @@ def check_arguments(args: Arguments):
     dataset = attempt("dataset_path", TokenizedDataset, config, tokenizer, passage_length, args.seed)
     eval_dataset = attempt("eval_dataset_path", TokenizedDataset, config, tokenizer, passage_length)
     attempt("peft_path", check_adapter, args.peft_mode)
-    mistakes += check_virtual_tokens(args, dataset, eval_dataset)
+    mistakes += check_virtual_tokens(args, config, dataset, eval_dataset)
     if mistakes:
         raise ValueError("\n".join(mistakes))
     attempt("peft_mode", lambda mode: add_adapter(args, make_skeleton(config)))  # a rehearsal without weights
@@ -166,7 +166,7 @@ def check_arguments(args: Arguments):
     attempt("lr_scheduler_kwargs", json.loads)
     attempt("lr_scheduler_type", check_schedule, args, rows.num_steps)
     if not mistakes:
-        attempt("warmup_steps", check_rates, args, rows.num_steps)
+        attempt("warmup_steps", check_rates, args, rows)
     checkpoint = attempt("resume_from_checkpoint", find_checkpoint, args.output_dir, resume_settings(args, rows))
     if mistakes:
         raise ValueError("\n".join(mistakes))
@@ -225,7 +225,8 @@ def load_config(path: str):
     if folder.is_dir() and not files:
         pickles = ", ".join(file.name for file in folder.glob("pytorch_model*.bin")) or "no weights"
         raise FileNotFoundError(f"no .safetensors file in it but {pickles}; name the folder of a whole model; "
-                                f"python tools/doctor.py -- SCRIPT --model_path {path} says more")  # fmt: skip
+                                f"for more: python tools/doctor.py -- {Path(__file__).name} --model_path {path}"
+                                )  # fmt: skip
     for file in files:
         try:
             with safe_open(file, framework="pt"):  # compares the header with the file's size
@@ -248,13 +249,18 @@ def check_adapter(folder: str, peft_mode: str) -> None:
         raise ValueError("it has no trainable.safetensors, and PEFT's own file lacks the MLP; name a run's folder")
 
 
-def check_virtual_tokens(args: Arguments, *datasets: TokenizedDataset | None) -> list[str]:
+def check_virtual_tokens(args: Arguments, config, *datasets: TokenizedDataset | None) -> list[str]:
     """What the modes that put virtual tokens before each row cannot do."""
     mistakes = []
     if args.peft_mode == "prompt" and args.mapping_hidden_dim != Arguments.mapping_hidden_dim:
         mistakes.append(f"--mapping_hidden_dim {args.mapping_hidden_dim}: --peft_mode prompt has no MLP; leave it out")
     if args.peft_mode != "lora" and any(dataset and dataset.packed for dataset in datasets):
         mistakes.append(f"--peft_mode {args.peft_mode}: needs one document a row; tokenize with --packing False")
+    context = getattr(config, "max_position_embeddings", None)
+    longest = max((dataset.longest for dataset in datasets if dataset), default=0)
+    if args.peft_mode != "lora" and context and args.num_virtual_tokens + longest > context:
+        mistakes.append(f"--num_virtual_tokens {args.num_virtual_tokens}: with a row of {longest} tokens they are "
+                        f"more than the {context} that the model can attend to")  # fmt: skip
     return mistakes
 
 
@@ -298,18 +304,21 @@ def check_schedule(name: str, args: Arguments, num_steps: int) -> None:
         raise ValueError(f"{problem}; --lr_scheduler_kwargs {args.lr_scheduler_kwargs} takes more settings") from None
 
 
-def check_rates(warmup_steps: float, args: Arguments, num_steps: int) -> None:
+def check_rates(warmup_steps: float, args: Arguments, rows: TrainingRows) -> None:
     """Says what the schedule will do: a run in which nothing is trained must not look like any other."""
     optimizer = torch.optim.AdamW([torch.zeros(1)], lr=args.learning_rate)
-    (factor,) = make_schedule(args, optimizer, num_steps).lr_lambdas
-    rates = [args.learning_rate * factor(step) for step in range(num_steps)]
+    (factor,) = make_schedule(args, optimizer, rows.num_steps).lr_lambdas
+    rates = [args.learning_rate * factor(step) for step in range(rows.num_steps)]
     highest = max(rates)
     if highest <= 0:
-        raise ValueError(f"the rate is 0 in all of the {num_steps} optimizer steps; lower it")
-    print(f"{num_steps} optimizer steps, {rates.count(0)} of them at rate 0; the highest rate is {highest:.3g} "
-          f"at step {rates.index(highest) + 1}")  # fmt: skip
+        raise ValueError(f"the rate is 0 in all optimizer steps ({rows.num_steps}); lower it")
+    print(f"{rows.num_steps} optimizer steps of {rows.rows_per_step} rows, {rates.count(0)} of them at rate 0; "
+          f"the highest rate is {highest:.3g} at step {rates.index(highest) + 1}")  # fmt: skip
     if highest < 0.99 * args.learning_rate:
         print(f"warning: that is below --learning_rate {args.learning_rate}; lower --warmup_steps {warmup_steps}")
+    if len(rows.dataset) < rows.rows_per_step:
+        print(f"warning: there are {len(rows.dataset)} rows, fewer than one step takes; a smaller "
+              "--gradient_accumulation_steps makes more steps of them")  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -832,7 +841,7 @@ def stop_if_disk_is_full(output_dir: Path, problem: Exception) -> None:
     if "No space left" in str(problem) or "quota exceeded" in str(problem) or disk.free < 2**20:
         sys.exit(f"error: {output_dir} could not be written: its disk is full ({disk.free / 1e6:,.1f} MB of "
                  f"{disk.total / 1e9:,.1f} GB are free); make room, and --resume_from_checkpoint True goes on from "
-                 "the newest checkpoint, which is whole")  # fmt: skip
+                 "the newest whole checkpoint, or begins anew")  # fmt: skip
 
 
 def write_receipt(args: Arguments, rows: TrainingRows, devices: list, num_tokens: int, seconds: float) -> None:

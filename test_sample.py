@@ -214,7 +214,7 @@ def read_rows(args: Arguments) -> list[dict]:
     if args.test_path == "-":
         text = sys.stdin.read()
     else:
-        text = Path(args.test_path).expanduser().read_text(encoding="utf-8-sig")
+        text = Path(args.test_path).read_text(encoding="utf-8-sig")
     if args.test_path.endswith(".json"):
         rows = json.loads(text)
     else:

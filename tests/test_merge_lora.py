@@ -223,6 +223,14 @@ OTHER_FAMILIES = {
 }
 
 
+def test_others_can_read_what_was_merged(tiny_model, tmp_path, monkeypatch):
+    """safetensors makes 0600; a server that runs as another user would find no model."""
+    save_adapter(tiny_model, tmp_path / "adapter")
+    run(monkeypatch, "--peft_path", tmp_path / "adapter", "--output", tmp_path / "merged")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 @pytest.mark.parametrize("family", OTHER_FAMILIES)
 def test_other_families_are_merged_like_llama(family, tmp_path, monkeypatch):
     """Biases that were trained, weights that lie the other way round, files with other names than in memory."""

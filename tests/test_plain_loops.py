@@ -687,6 +687,7 @@ PEFT_MISTAKES = [
     ("--lora_target_modules nothing", ["nothing"]),
     ("--peft_mode prompt --mapping_hidden_dim 64", ["--mapping_hidden_dim 64", "no MLP"]),
     ("--peft_mode prefix --dataset_path {packed}", ["--peft_mode prefix", "--packing False"]),
+    ("--peft_mode prompt --num_virtual_tokens 250", ["--num_virtual_tokens 250", "more than the 256"]),
     ("--peft_mode prefix --gradient_checkpointing True", ["--peft_mode prefix", "gradient checkpointing"]),
     ("--peft_path {missing}", ["--peft_path"]),
 ]  # fmt: skip

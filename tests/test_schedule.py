@@ -4,6 +4,7 @@ The functions stand alike in every training script (test_scripts.py); here they 
 """
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,11 @@ from conftest import random_rows, save_rows
 from harness import STRATEGIES, Runs, history_of, weights_of
 
 from finetune_pp import Arguments, check_rates, make_schedule
+
+
+def plan(num_steps: int, num_rows: int = 100) -> SimpleNamespace:
+    """What check_rates reads of TrainingRows."""
+    return SimpleNamespace(num_steps=num_steps, rows_per_step=8, dataset=range(num_rows))
 
 
 def rates(args: Arguments, num_steps: int) -> list[float]:
@@ -28,10 +34,10 @@ def rates(args: Arguments, num_steps: int) -> list[float]:
 @pytest.mark.parametrize("num_steps", [1, 2, 33, 34, 100])
 def test_what_is_said_of_the_schedule_is_what_happens(name, num_steps, capsys):
     args = Arguments(lr_scheduler_type=name, learning_rate=1e-3)
-    check_rates(args.warmup_steps, args, num_steps)
+    check_rates(args.warmup_steps, args, plan(num_steps))
     said = capsys.readouterr().out
     happens = rates(args, num_steps)
-    assert said.startswith(f"{num_steps} optimizer steps, {happens.count(0)} of them at rate 0; ")
+    assert said.startswith(f"{num_steps} optimizer steps of 8 rows, {happens.count(0)} of them at rate 0; ")
     assert f"the highest rate is 0.001 at step {happens.index(max(happens)) + 1}\n" in said
     assert "warning" not in said and max(happens) == 1e-3
 
@@ -39,15 +45,20 @@ def test_what_is_said_of_the_schedule_is_what_happens(name, num_steps, capsys):
 def test_a_run_of_one_step_trains(capsys):
     """A share of one step is no step of warm-up; an explicit number of steps is what the user asked for."""
     assert rates(Arguments(warmup_steps=0.9), 1) == [2e-5]
-    with pytest.raises(ValueError, match="the rate is 0 in all of the 1 optimizer steps; lower it"):
-        check_rates(1, Arguments(warmup_steps=1), 1)
+    with pytest.raises(ValueError, match="the rate is 0 in all optimizer steps .1.; lower it"):
+        check_rates(1, Arguments(warmup_steps=1), plan(1))
 
 
 def test_a_peak_that_is_never_reached_is_a_warning(capsys):
-    check_rates(100, Arguments(warmup_steps=100, learning_rate=1e-3), 4)
+    check_rates(100, Arguments(warmup_steps=100, learning_rate=1e-3), plan(4))
     said = capsys.readouterr().out
     assert "the highest rate is 3e-05 at step 4\n" in said
     assert "warning: that is below --learning_rate 0.001; lower --warmup_steps 100\n" in said
+
+
+def test_fewer_rows_than_a_step_takes_are_a_warning(capsys):
+    check_rates(0, Arguments(warmup_steps=0), plan(1, num_rows=7))
+    assert "warning: there are 7 rows, fewer than one step takes" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +102,6 @@ def test_a_rate_that_stays_zero_ends_every_script_before_it_begins(name, tiny_mo
     script = importlib.import_module(name)
     args = script.Arguments(model_path=str(tiny_model), dataset_path=str(tiny_set), output_dir=str(tmp_path / "out"))
     args.use_cpu, args.max_steps, args.warmup_steps = True, 1, 5
-    with pytest.raises(ValueError, match="--warmup_steps 5: the rate is 0 in all of the 1 optimizer steps"):
+    with pytest.raises(ValueError, match="--warmup_steps 5: the rate is 0 in all optimizer steps"):
         script.check_arguments(args)
     assert not (tmp_path / "out").exists()

@@ -269,7 +269,7 @@ def list_checkpoints(args: Arguments) -> list[Path]:
     if args.peft_path is not None:
         weights = "adapter_config.json"
     folders = []
-    for folder in Path(args.peft_path or args.model_path).expanduser().glob("checkpoint-*"):
+    for folder in Path(args.peft_path or args.model_path).glob("checkpoint-*"):
         if folder.name.removeprefix("checkpoint-").isdecimal() and (folder / weights).is_file():
             folders.append(folder)
     marked = [folder for folder in folders if (folder / "complete.json").is_file()]

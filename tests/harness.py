@@ -110,16 +110,20 @@ class Forked:
             os.kill(self.pid, number)
 
 
-def start_script(*command, output: Path = Path(os.devnull), error: Path = Path(os.devnull), num_processes: int = 1):
-    """Starts a program in forks: as `python program flags`, or as torchrun would with several processes."""
+def environments(num_processes: int) -> list[dict[str, str]]:
+    """What torchrun gives each of its processes; nothing to one that runs alone."""
     if num_processes == 1:
-        return [Forked(command, output, error)]
+        return [{}]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     shared |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
-    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
-    return [Forked(command, output, error, **rank) for rank in ranks]
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+
+
+def start_script(*command, output: Path = Path(os.devnull), error: Path = Path(os.devnull), num_processes: int = 1):
+    """Starts a program in forks: as `python program flags`, or as torchrun would with several processes."""
+    return [Forked(command, output, error, **rank) for rank in environments(num_processes)]
 
 
 def run_script(
@@ -243,13 +247,11 @@ class Runs:
 
     def start(self, strategy: str, num_ranks: int, out: Path, *flags, probe=()) -> Run:
         log = self.folder / f"{time.monotonic_ns()}.log"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        shared |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-        ranks = [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} if num_ranks > 1 else {} for i in range(num_ranks)]
         script, flags = STRATEGIES[strategy][0], self.flags(strategy, out, *flags)
-        forked = [self.forks.Process(target=run_main, args=(script, flags, rank, log, *probe)) for rank in ranks]
+        forked = [
+            self.forks.Process(target=run_main, args=(script, flags, rank, log, *probe))
+            for rank in environments(num_ranks)
+        ]
         for process in forked:
             process.start()
         return Run(log, forked)

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from harness import (
     STRATEGIES,
     Runs,
     assert_identical,
+    environments,
     history_of,
     kill,
     losses_of,
@@ -437,20 +437,16 @@ def test_one_rank_killed_ends_all_ranks_with_a_message_that_names_it(victim, run
     """Without torchrun, so nobody tells the others, as on another machine."""
     out, log = tmp_path / "out", tmp_path / "log.txt"
     flags = runs.flags("1F1B", out, *MICRO, "--model_path", "{deep tied=True}", "--max_steps", 5000, "--save_steps", 5)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
-    shared |= {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
     with open(log, "w") as file:
         processes = [
             subprocess.Popen(
                 [sys.executable, "finetune_pp_1f1b.py", *flags],
                 cwd=ROOT,
-                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | rank,
                 stdout=file,
                 stderr=file,
             )
-            for rank in range(3)
+            for rank in environments(3)
         ]
     try:
         while newest_complete(out) < 5 and all(process.poll() is None for process in processes):

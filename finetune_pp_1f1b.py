@@ -159,6 +159,7 @@ def check_arguments(args: Arguments):
     tokenizer = None
     if config is not None:
         tokenizer = attempt("model_path", AutoTokenizer.from_pretrained)
+        attempt("model_path", check_quantization, config)
         attempt("attn_implementation", check_attention, config, args)
         attempt("model_path", check_layers, config, num_stages)
     passage_length = 0
@@ -272,6 +273,13 @@ def check_adapter(lora_used: bool, args: Arguments, config) -> None:
             name = "q_proj"  # one of all
         if sum(f".{path}".endswith(f".{name}") for path in adapted) < config.num_hidden_layers:
             raise ValueError(f"--lora_target_modules {name} is no part of every layer of the model")
+
+
+def check_quantization(path: str, config) -> None:
+    """A stage reads its layers by itself, in 16 or 32 bit."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("its weights are quantised, and a stage reads them in 16 or 32 bit only; name the original, "
+                         "or train an adapter with finetune_pp_peft.py")  # fmt: skip
 
 
 def check_attention(kernel: str, config, args: Arguments) -> None:

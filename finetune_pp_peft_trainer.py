@@ -138,6 +138,7 @@ def check_arguments(args: Arguments):
     tokenizer = None
     if config is not None:
         tokenizer = attempt("model_path", AutoTokenizer.from_pretrained)
+        attempt("model_path", check_quantization, config)
         attempt("attn_implementation", check_attention, config, args)
     passage_length = 0
     if args.random_passage:
@@ -231,6 +232,13 @@ def load_config(path: str):
     if not hasattr(config, "vocab_size"):
         raise ValueError(f"{config.model_type} is no model of text alone; name a model that is")
     return config
+
+
+def check_quantization(path: str, config) -> None:
+    """Quantised weights do not change in training: only an adapter on them does."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("its weights are quantised, and full fine-tuning needs the 16- or 32-bit original; "
+                         "finetune_pp_peft.py trains an adapter on them as they are")  # fmt: skip
 
 
 def check_attention(kernel: str, config, args: Arguments) -> None:

@@ -58,6 +58,7 @@ from transformers import (
     set_seed,
 )
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.quantizers import AutoHfQuantizer
 
 import data_collator
 from data_collator import DataCollator, LossHead, TokenizedDataset, TrainingRows
@@ -164,6 +165,7 @@ def check_arguments(args: Arguments):
     tokenizer = None
     if config is not None:
         tokenizer = attempt("model_path", AutoTokenizer.from_pretrained)
+        attempt("model_path", check_quantization, config, args)
         attempt("attn_implementation", check_attention, config, args)
     passage_length = 0
     if args.random_passage:
@@ -311,6 +313,28 @@ def check_virtual_tokens(args: Arguments, config, *datasets: TokenizedDataset | 
         mistakes.append(f"--num_virtual_tokens {args.num_virtual_tokens}: with a row of {longest} tokens they are "
                         f"more than the {context} that the model can attend to")  # fmt: skip
     return mistakes
+
+
+def check_quantization(path: str, config, args: Arguments) -> None:
+    """Quantised weights are read as they are on disk, if the package that reads them is here."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    if not args.lora_used:
+        raise ValueError("its weights are quantised, and full fine-tuning needs the 16- or 32-bit original; "
+                         "--lora_used True trains an adapter on them as they are")  # fmt: skip
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = "cuda"
+    try:
+        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+        quantizer.validate_environment(device_map={"": device})
+    except Exception as problem:  # each method has its own
+        raise ValueError(f"its weights are quantised and cannot be read here ({problem}); "
+                         "name the 16- or 32-bit original") from None  # fmt: skip
+    if not quantizer.is_trainable:
+        raise ValueError("its weights are quantised in a way that no adapter can be trained on; "
+                         "name the 16- or 32-bit original")  # fmt: skip
 
 
 def check_attention(kernel: str, config, args: Arguments) -> None:

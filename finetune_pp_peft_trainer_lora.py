@@ -153,6 +153,7 @@ def check_arguments(args: Arguments):
     tokenizer = None
     if config is not None:
         tokenizer = attempt("model_path", AutoTokenizer.from_pretrained)
+        attempt("model_path", check_quantization, config, args)
         attempt("attn_implementation", check_attention, config, args)
     passage_length = 0
     if args.random_passage:
@@ -277,6 +278,17 @@ def check_virtual_tokens(args: Arguments, config, *datasets: TokenizedDataset | 
         mistakes.append(f"--num_virtual_tokens {args.num_virtual_tokens}: with a row of {longest} tokens they are "
                         f"more than the {context} that the model can attend to")  # fmt: skip
     return mistakes
+
+
+def check_quantization(path: str, config, args: Arguments) -> None:
+    """FSDP splits weights among the processes, and it splits floating point storage only."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    if args.load_in_4bit:
+        raise ValueError("its weights are quantised already; leave --load_in_4bit out")
+    raise ValueError("its weights are quantised, and FSDP cannot split them; name the 16- or 32-bit original with "
+                     "--load_in_4bit True, or train with finetune_pp_peft.py")  # fmt: skip
 
 
 def check_attention(kernel: str, config, args: Arguments) -> None:

@@ -331,10 +331,13 @@ def test_kills_of_two_processes_at_random_moments_never_leave_half_a_checkpoint(
     print(f"{strategy}: seed {seed}")
     chance = random.Random(seed)
     out = tmp_path / "out"
+    flags = list(ENDLESS)
+    if strategy == "1F1B":
+        flags += ["--gradient_accumulation_steps", 2]  # a micro-batch for each stage
     num_while_saving = 0
     for _ in range(NUM_RANDOM_KILLS_OF_TWO):
         before = newest_complete(out)
-        run = runs.start(strategy, 2, out, *ENDLESS)
+        run = runs.start(strategy, 2, out, *flags)
         wait_for_a_checkpoint(out, before, run.is_alive)
         time.sleep(chance.uniform(0, 0.3))
         was_alive = run.is_alive()

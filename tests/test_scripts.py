@@ -201,6 +201,7 @@ DIFFERENT = {
     "save_checkpoint",
     "choose_devices",
     "load_checkpoint",
+    "check_quantization",
     "check_saved",
     "check_adapter",
     "add_adapter",

@@ -31,6 +31,7 @@ import threading
 import time
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -524,6 +525,7 @@ def load_model(args: Arguments, checkpoint: Path | None) -> peft.PeftModel:
             # Else bitsandbytes would repack the frozen weights at the first evaluation, rounded to bf16 and for good.
             module.support_avx512bf16_for_cpu = False
     model = add_adapter(args, base)
+    keep_weights_tied(model, base)
     if checkpoint:
         load_adapter(model, checkpoint)
     elif args.peft_path:
@@ -531,6 +533,25 @@ def load_model(args: Arguments, checkpoint: Path | None) -> peft.PeftModel:
     if args.torch_compile:
         compile_layers(base)
     return model
+
+
+def keep_weights_tied(model: peft.PeftModel, base: torch.nn.Module) -> None:
+    """Head and embedding stay one weight: before it shards the model, accelerate ties them by name.
+
+    PEFT has put the weight of a layer that got an adapter into its `base_layer`.
+    """
+    names = {}
+    for target, source in base.all_tied_weights_keys.items():
+        names[name_in_adapted(base, target)] = name_in_adapted(base, source)
+    base.all_tied_weights_keys = names
+    model.tie_weights = partial(base.tie_weights, recompute_mapping=False)
+
+
+def name_in_adapted(base: torch.nn.Module, name: str) -> str:
+    layer, _, weight = name.rpartition(".")
+    if hasattr(base.get_submodule(layer), "base_layer"):
+        layer += ".base_layer"
+    return f"{layer}.{weight}"
 
 
 def load_adapter(model: peft.PeftModel, folder: Path) -> None:

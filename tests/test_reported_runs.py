@@ -434,7 +434,13 @@ def test_47_48_what_llama_cpp_does_not_know(parts):
 def test_52_deepspeed_is_not_installed(parts, monkeypatch, capsys):
     script = importlib.import_module("finetune_pp_peft_trainer_deepspeed")
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name != "deepspeed" and find_spec(name, *rest))
+
+    def find_all_but_deepspeed(name, *rest):
+        if name == "deepspeed":
+            return None
+        return find_spec(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_all_but_deepspeed)
     args = script.Arguments(model_path=str(parts.model("llama")), dataset_path=str(parts.rows), use_cpu=True)
     with pytest.raises(ValueError, match="DeepSpeed is missing; DS_BUILD_OPS=0 pip install") as refused:
         script.check_arguments(args)

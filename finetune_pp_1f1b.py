@@ -259,9 +259,11 @@ def load_config(path: str):
 
 def check_layers(path: str, config, num_stages: int) -> None:
     """The model is of a known kind, and each stage has a layer."""
-    if config.model_type not in MODEL_TYPES or config.num_hidden_layers < num_stages:
-        raise ValueError(f"{config.num_hidden_layers} {config.model_type} layers cannot be {num_stages} stages; start "
-                         f"fewer, or choose from {', '.join(MODEL_TYPES)}")  # fmt: skip
+    if config.model_type not in MODEL_TYPES:
+        raise ValueError(f"stages are made of the layers of {', '.join(MODEL_TYPES)}, and this is {config.model_type}; "
+                         "choose another script")  # fmt: skip
+    if config.num_hidden_layers < num_stages:
+        raise ValueError(f"{config.num_hidden_layers} layers cannot be {num_stages} stages; start fewer processes")
 
 
 def check_adapter(lora_used: bool, args: Arguments, config) -> None:

@@ -485,9 +485,13 @@ MISTAKES = [
     (
         "--gradient_accumulation_steps 8",
         THREE,
-        "--model_path {untied}: 2 llama layers cannot be 3 stages | start fewer",
+        "--model_path {untied}: 2 layers cannot be 3 stages; start fewer",
     ),
-    ("--model_path {gpt2}", {}, "--model_path {gpt2}: 2 gpt2 layers cannot be 1 stages | choose from llama, mistral"),
+    (
+        "--model_path {gpt2}",
+        {},
+        "--model_path {gpt2}: stages are made of the layers of llama, mistral | and this is gpt2; choose another",
+    ),
     ("--pipeline_schedule zigzag", {}, "--pipeline_schedule | 'zigzag' | 1f1b | gpipe"),
     (
         "--lora_used True --lora_target_modules q_proj,query",

@@ -74,6 +74,9 @@ OTHER_MIXTURES = {
     | {"moe_intermediate_size": 32, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1}
     | {"moe_layer_start_index": 1},
 }
+# What is added to all keys alike the softmax does not see, so where positions do not turn it, the gradient is rounding,
+# which AdamW makes as large as any other step. The losses see these biases.
+KEY_BIASES = ("k_proj.bias", "query_key_value.bias")
 FLAGS = ["--use_cpu", "True", "--bf16", "False", "--report_to", "none", "--max_steps", 2, "--learning_rate", 1e-2]
 
 
@@ -112,6 +115,8 @@ def test_joined_rows_are_trained_like_one_document_at_a_time(family, rows, tmp_p
     expected = weights_of(tmp_path / "alone")
     largest = 0
     for name, weight in weights_of(tmp_path / "joined").items():
+        if name.endswith(KEY_BIASES):
+            continue
         difference = torch.linalg.norm(weight - expected[name])
         distance = torch.linalg.norm(expected[name] - start[name].float())
         assert difference <= 1e-2 * distance, name
@@ -157,7 +162,7 @@ def test_experts_are_trained_saved_resumed_and_loaded_or_refused_in_one_line(fam
         assert "error: --" in first.stderr
         assert not (tmp_path / "try").exists()
         print(strategy, family, next(line for line in first.stderr.splitlines() if line.startswith("error")))
-        assert strategy in ("FSDP2+LoRA", "ZeRO-3", "1F1B"), first.stderr
+        assert strategy == "1F1B", first.stderr
         return
     print(strategy, family, "trained")
     resume_and_reload(script, model, rows, tmp_path / "out", flags, num_processes)

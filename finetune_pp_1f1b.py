@@ -50,10 +50,12 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
+    PreTrainedConfig,
     SchedulerType,
     get_scheduler,
     set_seed,
@@ -158,7 +160,7 @@ def check_arguments(args: Arguments):
     config = attempt("model_path", load_config)
     tokenizer = None
     if config is not None:
-        tokenizer = attempt("model_path", AutoTokenizer.from_pretrained)
+        tokenizer = attempt("model_path", load_tokenizer)
         attempt("model_path", check_quantization, config)
         attempt("attn_implementation", check_attention, config, args)
         attempt("model_path", check_layers, config, num_stages)
@@ -234,26 +236,19 @@ def check_launcher() -> list[str]:
 
 
 def load_config(path: str):
-    """The configuration of the model in folder `path` or on the hub; the files of a folder can be read."""
+    """The configuration of the model in folder `path` or on the hub; the files of a folder are whole."""
     folder = Path(path)
     if not folder.is_dir() and path.startswith((".", "/", "~", "models/", "outputs/")):
         raise FileNotFoundError("no such folder; bash scripts/quickstart.sh fetches the sample model")
-    files = list(folder.glob("*.safetensors"))
-    if folder.is_dir() and not files:
-        pickles = ", ".join(file.name for file in folder.glob("pytorch_model*.bin")) or "no weights"
-        raise FileNotFoundError(f"no .safetensors file in it but {pickles}; name the folder of a whole model; "
-                                f"for more: python tools/doctor.py -- {Path(__file__).name} --model_path {path}"
-                                )  # fmt: skip
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):  # compares the header with the file's size
-                pass
-        except SafetensorError as problem:
-            raise ValueError(f"{file.name} is cut off, or a Git LFS pointer instead of the file ({problem}); download "
-                             "it again: hf download MODEL, or git lfs pull") from None  # fmt: skip
-    config = AutoConfig.from_pretrained(path)
-    if not hasattr(config, "vocab_size"):
-        raise ValueError(f"{config.model_type} is no model of text alone; name a model that is")
+    if folder.is_dir():
+        check_files(folder)
+    settings, _ = PreTrainedConfig.get_config_dict(path)
+    if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError("its model is code of its own, which is never run here; choose one that transformers has")
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    fills_gaps = any(name.endswith("ForMaskedLM") for name in config.architectures or [])
+    if config.is_encoder_decoder or fills_gaps or not hasattr(config, "vocab_size"):
+        raise ValueError(f"{config.model_type} is no decoder of text alone; name a model that is")
     return config
 
 
@@ -275,6 +270,49 @@ def check_adapter(lora_used: bool, args: Arguments, config) -> None:
             name = "q_proj"  # one of all
         if sum(f".{path}".endswith(f".{name}") for path in adapted) < config.num_hidden_layers:
             raise ValueError(f"--lora_target_modules {name} is no part of every layer of the model")
+
+
+def check_files(folder: Path) -> None:
+    """The files that transformers will read the weights from are there and whole.
+
+    Raises:
+        ValueError, OSError: the first that is not.
+    """
+    names = ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if names == ["model.safetensors"] and not (folder / "model.safetensors").is_file():
+        others = [file.name for pattern in ("*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)]
+        raise FileNotFoundError(f"no model.safetensors in it but {', '.join(sorted(others)) or 'no weights'}; name the "
+                                f"folder of a whole model; for more: python tools/doctor.py -- {Path(__file__).name} "
+                                f"--model_path {folder}")  # fmt: skip
+    for name in names:
+        for tensor, (dtype, _) in read_header(folder / name).items():
+            if dtype.startswith("F8") and "quantization_config" not in (folder / "config.json").read_text():
+                raise ValueError(f"{tensor} has 8 bits, and config.json has no quantization_config that says how to "
+                                 "read it; name the 16- or 32-bit original")  # fmt: skip
+
+
+def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """The precision and shape of each tensor in a safetensors file, whose length is compared with its header."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.name} is missing; download it again")
+    tensors = {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                tensor = opened.get_slice(name)
+                tensors[name] = (tensor.get_dtype(), tensor.get_shape())
+    except SafetensorError as problem:
+        raise ValueError(f"{file.name} is cut off, or a Git LFS pointer instead of the file ({problem}); download it "
+                         "again: hf download MODEL, or git lfs pull") from None  # fmt: skip
+    return tensors
+
+
+def load_tokenizer(path: str):
+    """Code that lies beside a tokenizer is not run, and nobody is asked whether it may."""
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def check_quantization(path: str, config) -> None:
@@ -488,6 +526,7 @@ def load_stage(args: Arguments, config, rows: TrainingRows, device: torch.device
         attn_implementation=kernel,
         key_mapping=key_mapping,
         use_safetensors=True,
+        ignore_mismatched_sizes=True,  # check_loading says it
         output_loading_info=True,
     )
     check_loading(args, loading)
@@ -1161,7 +1200,7 @@ def main() -> None:
     parser = HfArgumentParser(
         Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False, exit_on_error=False
     )  # fmt: skip
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
     if not is_first:
         sys.stdout = open(os.devnull, "w")
     try:

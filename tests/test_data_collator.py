@@ -1585,6 +1585,18 @@ def test_the_attention_check_refuses_a_model_that_does_not_know_positions():
         check_document_attention(make_model("bloom, alibi"), 64)
 
 
+@pytest.mark.parametrize(
+    "config_class", [transformers.BertConfig, transformers.RobertaConfig, transformers.ElectraConfig]
+)
+def test_the_attention_check_refuses_encoders_which_transformers_loads_as_decoders(config_class):
+    """Their tokens see their targets: the loss falls to nothing and nothing is learned."""
+    config = config_class(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                          intermediate_size=64, pad_token_id=0)  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="crosses documents|looks ahead"):
+        check_document_attention(model, 64)
+
+
 def test_flash_attention_gets_the_documents_in_its_own_precision(tiny_model, monkeypatch):
     """transformers' whole way to FlashAttention, with its kernel alone replaced, which needs a GPU.
 

@@ -120,7 +120,7 @@ def test_an_adapter_on_the_embedding_is_saved_resumed_and_merged(script, targets
 # --- K4: a model folder is whole ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "script"), turn(WRONG_TENSORS, SCRIPTS))
+@pytest.mark.parametrize(("case", "script"), [(case, script) for case in WRONG_TENSORS for script in SCRIPTS])
 def test_a_model_with_other_tensors_is_one_message_of_training(case, script, parts):
     model = parts.model(f"tensors_{case.replace(' ', '_')}", tensors(WRONG_TENSORS[case][0]))
     assert_refused(parts.train(script, model), "--model_path")
@@ -256,10 +256,10 @@ def test_a_quantised_base_without_the_package_is_one_message(parts):
 
 
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if "trainer" in script or "1f1b" in script])
-@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"LOCAL_RANK": "0"}, {"MASTER_PORT": "29500", "RANK": "0"}])
+@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"RANK": "0", "MASTER_PORT": "29500"}])
 def test_any_half_of_a_launchers_environment_is_one_message(environment, script, parts):
     flags = ["--model_path", parts.model("llama"), "--dataset_path", parts.rows, *FLAGS, "--output_dir", parts.out]
-    assert_refused(run_script(f"{script}.py", *flags, check=False, **environment), *environment)
+    assert_refused(run_script(f"{script}.py", *flags, check=False, **environment), "RANK is set and")
 
 
 # --- K10: adapters to go on from ---------------------------------------------------------------------------------

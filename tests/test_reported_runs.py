@@ -222,7 +222,7 @@ NOT_WHOLE = {
     "11 pickle": (to_pickle, "pytorch_model.bin"),
     "15 own code": (
         settings("config.json", auto_map={"AutoConfig": "conf.C", "AutoModelForCausalLM": "mod.M"}, model_type="mine"),
-        "code",
+        "its model is code of its own",
     ),
 }
 

@@ -330,7 +330,7 @@ def check_data(args) -> list[Check]:
 
     from data_collator import TokenizedDataset
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model_path)
+    tokenizer = AutoTokenizer.from_pretrained(args.model_path, trust_remote_code=False)
     passage_length = 0
     if args.random_passage:
         passage_length = args.passage_length
@@ -363,7 +363,7 @@ def check_loss(args, history: list[dict]) -> list[Check]:
     """The first loss is that of a model that knows something."""
     from transformers import AutoConfig
 
-    guessing = math.log(AutoConfig.from_pretrained(args.model_path).vocab_size)
+    guessing = math.log(AutoConfig.from_pretrained(args.model_path, trust_remote_code=False).vocab_size)
     loss = history[0]["loss"]
     if loss < 0.9 * guessing:
         level = OK

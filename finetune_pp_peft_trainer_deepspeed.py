@@ -325,9 +325,9 @@ def check_virtual_tokens(args: Arguments, config, *datasets: TokenizedDataset | 
         mistakes.append(f"--mapping_hidden_dim {args.mapping_hidden_dim}: --peft_mode prompt has no MLP; leave it out")
     if args.peft_mode != "lora" and any(dataset and dataset.packed for dataset in datasets):
         mistakes.append(f"--peft_mode {args.peft_mode}: needs one document a row; tokenize with --packing False")
-    context = getattr(config, "max_position_embeddings", None)
+    context = data_collator.find_context(config)
     longest = max((dataset.longest for dataset in datasets if dataset), default=0)
-    if args.peft_mode != "lora" and context and args.num_virtual_tokens + longest > context:
+    if args.peft_mode != "lora" and args.num_virtual_tokens + longest > context:
         mistakes.append(f"--num_virtual_tokens {args.num_virtual_tokens}: with a row of {longest} tokens they are "
                         f"more than the {context} that the model can attend to")  # fmt: skip
     return mistakes

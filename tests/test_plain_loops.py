@@ -655,7 +655,7 @@ def broken(tmp_path_factory):
 MISTAKES = [
     ("--model_path {missing}", ["--model_path", "{missing}", "no such folder", "quickstart.sh"]),
     ("--model_path models/none", ["--model_path models/none", "no such folder", "quickstart.sh"]),
-    ("--model_path {no_weights}", ["--model_path", "{no_weights}", "no .safetensors file"]),
+    ("--model_path {no_weights}", ["--model_path", "{no_weights}", "no model.safetensors"]),
     ("--dataset_path {missing}", ["--dataset_path", "{missing}", "no such folder", "tokenize_dataset.py"]),
     ("--dataset_path {unfinished}", ["--dataset_path", "no ledger.json", "tokenize_dataset.py"]),
     ("--dataset_path {no_labels}", ["--dataset_path", "no column labels", "input_ids", "tokenize_dataset.py"]),

@@ -729,27 +729,32 @@ def read_preference(row: dict, needs_answer: bool) -> tuple[dict, list[str]]:
     num_common = 0
     if are_whole(row):
         num_common = count_common_messages(answers)
-        used += check_prompt_beside(row, answers[names[0]][:num_common])
+        prompt, used_in_prompt = read_common_beginning(row, answers[names[0]][:num_common])
         result["prompt_is_repeated"] = True
-        result["messages"] = answers[names[0]][:num_common]
-        if num_common == 0:
-            result["answers"] = None
-            result["texts"] = [join_contents(answers[name]) for name in names]
-            return result, used
-        used += put_system_first(row, result["messages"])
     else:
         prompt, used_in_prompt = read_prompt(row)
-        result.update(prompt)
-        used += used_in_prompt
+    result.update(prompt)
+    used += used_in_prompt
+    if are_whole(row) and num_common == 0:
+        result["answers"] = None
+        result["texts"] = [join_contents(answers[name]) for name in names]
+    else:
+        result.update(cut_answers(answers, learned, num_common))
+    return result, used
 
-    result["answers"] = [answers[name][num_common:] for name in names]
-    result["learned"] = [learned[name][num_common:] for name in names]
-    result["is_empty"] = False
-    for name, messages, flags in zip(names, result["answers"], result["learned"], strict=True):
+
+def cut_answers(answers: dict[str, list[dict]], learned: dict[str, list[bool]], num_common: int) -> dict:
+    """The answers without the prompt that they begin with, if they do: `answers`, `learned` and `is_empty`."""
+    result = {"answers": [], "learned": [], "is_empty": False}
+    for name in answers:
+        messages = answers[name][num_common:]
+        flags = learned[name][num_common:]
         check_answer_of_pair(messages, name)
         if not any(flags) or has_silent_turn(messages, flags):
             result["is_empty"] = True
-    return result, used
+        result["answers"].append(messages)
+        result["learned"].append(flags)
+    return result
 
 
 def find_answer_fields(row: dict) -> list[str]:
@@ -783,6 +788,14 @@ def read_prompt(row: dict) -> tuple[dict, list[str]]:
         return read_instruction(without_output, needs_answer=False)
     messages = read_prompt_messages(row[name], name)
     used = [name, *put_system_first(row, messages)]
+    return {"messages": messages}, used
+
+
+def read_common_beginning(row: dict, messages: list[dict]) -> tuple[dict, list[str]]:
+    """The prompt that two conversations begin with; its system message may stand beside them."""
+    used = check_prompt_beside(row, messages)
+    if messages:
+        used += put_system_first(row, messages)
     return {"messages": messages}, used
 
 

@@ -59,6 +59,10 @@ class PreferenceRow(Row):
 class PreferenceTokenization(Tokenization):
     """As Tokenization, for --format preference. A row of the input is a row of the set."""
 
+    def __init__(self, args, tokenizer, template: dict, paths: list[str], splits: list[str]):
+        super().__init__(args, tokenizer, template, paths, splits)
+        self.first_of_kind = {}  # of the chunk: where the first pair stands, and the first single answer
+
     def __call__(self, chunk: list[RawRow]) -> ChunkResult:
         self.first_of_kind = {}
         result = super().__call__(chunk)
@@ -83,6 +87,7 @@ class PreferenceTokenization(Tokenization):
         if read["is_empty"]:
             row.answer = ""
         row.prompt = self.clean(row, render_messages(read, self.template))
+        # Each turn of the assistant gets a piece of its own by being called learned; has_loss decides later.
         for number, messages in enumerate(read["answers"]):
             messages = self.clean(row, wrap_user_turns(messages, self.template))
             learned = [False] * len(row.prompt)
@@ -232,7 +237,7 @@ class PreferenceTokenization(Tokenization):
                     columns.setdefault("label", []).append(row.label)
             start = end
         if len(self.first_of_kind) > 1:
-            return {}  # the main process refuses the set
+            return {}  # rows of two kinds have no columns in common; the main process refuses the set
         return make_batches(columns_of)
 
     def judge(self, row: PreferenceRow, encoded: Encoded, start: int, prompt_end: int, spans: list[tuple]) -> str:

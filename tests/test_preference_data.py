@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -760,3 +761,12 @@ def test_the_shipped_pairs_become_sets(tmp_path, monkeypatch, capsys, tokenizers
         chosen, rejected = (ledger["answers"][kind]["tokens"] for kind in ("chosen", "rejected"))
         assert 0.95 < chosen / rejected < 1.05
     assert "chosen answers: 40, on average" in capsys.readouterr().out
+
+
+def test_both_pages_about_preferences_show_the_same_commands():
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("preferences.md", "preferences_zh.md")]
+    commands = [re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for page in pages]
+    assert commands[0] == commands[1]
+    assert [len(page.splitlines()) < 80 for page in pages] == [True, True]
+    flags = [set(re.findall(r"`(--?\w[^`]*|\w+)`", page)) for page in pages]
+    assert flags[0] == flags[1]

@@ -131,6 +131,7 @@ class Encoded:
     targets_before: np.ndarray  # int64 [T + 1]
     eos_before: np.ndarray  # int64 [T + 1], EOS that are targets
     ends: list[int]  # of each row; it starts where the row before it ends
+    part_lengths: list[list[int]]  # of each row the tokens of each piece
     options: list[list[list[int]]]  # of each row the ids of its options, the right one first
 
 
@@ -149,6 +150,7 @@ class ChunkResult:
     batches: dict[str, pa.RecordBatch]  # of each split that got rows
     ledger: Ledger  # the chunk's share of every figure
     complaints: list[Complaint]  # one for each broken row
+    first_of_kind: dict[str, str] = field(default_factory=dict)  # preference: where the first pair stands, and so on
 
 
 class Tokenization:
@@ -194,18 +196,6 @@ class Tokenization:
             texts = tokenizer.batch_decode(ids)
         self.is_fragment = np.array(["\ufffd" in text for text in texts])
 
-    @property
-    def columns(self) -> list[str]:
-        """The columns of the rows that are written, after packing."""
-        columns = ["input_ids"]
-        if not self.keeps_whole_documents:
-            columns.append("labels")
-        if self.args.packing:
-            columns.append("position_ids")
-        if self.keeps_options:
-            columns.append("options")
-        return columns
-
     def __call__(self, chunk: list[RawRow]) -> ChunkResult:
         ledger = Ledger()
         complaints = []
@@ -233,7 +223,7 @@ class Tokenization:
         try:
             content = parse_row(raw.content, self.paths[raw.file])
             content = clean_row(content, self.template)
-            num_fields = count_fields(content)
+            num_fields = count_fields(content, self.args.format)
             counts = FieldCounts()
             read = read_row(content, self.template, counts)
         except ValueError as problem:
@@ -290,20 +280,7 @@ class Tokenization:
         Returns:
             the rows that could be rendered. The others become complaints.
         """
-        try:
-            rendered = self.render_conversations(rows)
-        except Exception:
-            # One of the rows is to blame, and templates raise all kinds of exceptions. One by one the rows tell which.
-            rendered = []
-            good_rows = []
-            for row in rows:
-                try:
-                    rendered += self.render_conversations([row])
-                    good_rows.append(row)
-                except Exception as problem:
-                    complaints.append(Complaint(self.name(row.raw), explain_rendering(problem), ""))
-                    ledger.fields_broken += row.num_fields
-            rows = good_rows
+        rows, rendered = self.render_good_rows(rows, ledger, complaints)
         self.split_where_ids_differ(rendered)
         result = []
         for row, conversation in zip(rows, rendered, strict=True):
@@ -319,6 +296,23 @@ class Tokenization:
             ledger.conversations += len(rows)
             ledger.conversation_rows += len(result)
         return result
+
+    def render_good_rows(self, rows: list[Row], ledger: Ledger, complaints: list[Complaint]) -> tuple[list[Row], list]:
+        """The rows that can be rendered, and what render_conversations makes of them."""
+        try:
+            return rows, self.render_conversations(rows)
+        except Exception:
+            # One of the rows is to blame, and templates raise all kinds of exceptions. One by one the rows tell which.
+            rendered = []
+            good_rows = []
+            for row in rows:
+                try:
+                    rendered += self.render_conversations([row])
+                    good_rows.append(row)
+                except Exception as problem:
+                    complaints.append(Complaint(self.name(row.raw), explain_rendering(problem), ""))
+                    ledger.fields_broken += row.num_fields
+            return good_rows, rendered
 
     def render_conversations(self, rows: list[Row]) -> list[Rendered]:
         if self.args.format == "text":
@@ -365,14 +359,12 @@ class Tokenization:
         bos = self.tokenizer.bos_token_id
         pairs = []
         for row in rows:
-            texts = ["", *(text for text, _ in row.pieces)]
-            pairs += pairwise(texts)
-            pairs += [(texts[1], target) for target in row.other_targets]
+            pairs += self.find_contexts(row)
         encoded = iter(encode_behind(self.tokenizer, pairs))
 
         parts = []
         is_target = []
-        lengths = []
+        lengths_of_rows = []
         options = []
         for row in rows:
             row_parts = [next(encoded) for _ in row.pieces]
@@ -384,7 +376,7 @@ class Tokenization:
             options.append([row_parts[-1], *row_options])
             parts += row_parts
             is_target += [target or self.args.train_on_prompt for _, target in row.pieces]
-            lengths.append(sum(map(len, row_parts)))
+            lengths_of_rows.append([len(part) for part in row_parts])
         part_lengths = np.fromiter(map(len, parts), np.int64, len(parts))
         ids = np.fromiter(chain.from_iterable(parts), np.int32, int(part_lengths.sum()))
         is_target = np.repeat(np.array(is_target, bool), part_lengths)
@@ -395,9 +387,17 @@ class Tokenization:
             is_target=is_target,
             targets_before=count_before(is_target),
             eos_before=count_before(is_eos_target),
-            ends=np.cumsum(lengths, dtype=np.int64).tolist(),
+            ends=np.cumsum([sum(lengths) for lengths in lengths_of_rows], dtype=np.int64).tolist(),
+            part_lengths=lengths_of_rows,
             options=options,
         )
+
+    def find_contexts(self, row: Row) -> list[tuple[str, str]]:
+        """Each text of a row that is tokenized, and the text that it follows."""
+        texts = ["", *(text for text, _ in row.pieces)]
+        pairs = list(pairwise(texts))
+        pairs += [(texts[1], target) for target in row.other_targets]
+        return pairs
 
     def count_languages(self, encoded: Encoded, ledger: Ledger) -> None:
         """Characters, tokens, and what the vocabulary could not say, for each language; templates count as well."""

@@ -1,9 +1,11 @@
 """What a row may hold. Every published form of a row becomes one form here, whatever kind of file it comes from.
 
-    mcq     sent1, sent2, ending0, ending1, ... (2 to 26 of them), label (the number of the right one, from 0)
-    alpaca  instruction, input, output, system, history
-    chat    messages, tools, learned (for each message: is it an assistant's turn that is to be learned?)
-    text    text
+    mcq         sent1, sent2, ending0, ending1, ... (2 to 26 of them), label (the number of the right one, from 0)
+    alpaca      instruction, input, output, system, history
+    chat        messages, tools, learned (for each message: is it an assistant's turn that is to be learned?)
+    preference  messages before the answers (or alpaca's fields of a prompt), tools, and answers: the chosen and the
+                rejected one, or a single one with a label
+    text        text
 
 A field that has a value is used, ignored on purpose, or counted as not used; a row with a field that cannot be honoured
 is refused. So nothing that changes what is learned is dropped without a word. A field that is null, NaN or empty has
@@ -12,6 +14,7 @@ no value.
 
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -36,6 +39,10 @@ USED = {
     "alpaca": ["instruction", "input", "output", "system", "system_prompt", "history",
                "context", "response"],  # Dolly's names of input and output
     "chat": ["messages", "conversations", "system", "system_prompt", "tools"],
+    # TRL's and UltraFeedback's pairs, with and without a prompt; LLaMA-Factory's; HH-RLHF's; TRL's unpaired rows.
+    "preference": ["prompt", "chosen", "rejected", "completion", "label",
+                   "conversations", "messages", "instruction", "input", "history",
+                   "system", "system_prompt", "tools"],
     "text": ["text"],
 }  # fmt: skip
 # In all formats, 0 or false in one of these says that the row, or in `chat` also a single message, is not learned.
@@ -43,18 +50,16 @@ WEIGHTS = ["weight", "loss", "loss_weight", "train"]
 
 # Names and sources of rows, and annotations of the data sets above that are no part of question and answer.
 IGNORED = [
-    "id", "idx", "index", "uuid", "guid", "qid", "question_id", "conversation_id", "pubid", "source", "url", "license",
-    "split", "", "Unnamed: 0", "__index_level_0__",
+    "id", "idx", "index", "uuid", "guid", "qid", "question_id", "conversation_id", "prompt_id", "pubid",
+    "source", "url", "license", "split", "", "Unnamed: 0", "__index_level_0__",
     "meta_info", "metamap_phrases", "choice_type", "subject_name", "topic_name",
     "LABELS", "MESHES", "YEAR", "reasoning_required_pred", "reasoning_free_pred",
 ]  # fmt: skip
 
 NOT_TEXT = "the model reads text only, so the answer could not be learned from what it is about"
 PREFERENCE = "chosen and rejected answers are a preference pair, which --format preference reads"
-REFUSED = {
-    **dict.fromkeys(["image", "images", "video", "videos", "audio", "audios"], NOT_TEXT),
-    **dict.fromkeys(["chosen", "rejected"], PREFERENCE),
-}
+REFUSED = dict.fromkeys(["image", "images", "video", "videos", "audio", "audios"], NOT_TEXT)
+REFUSED_ANSWERS = dict.fromkeys(["chosen", "rejected"], PREFERENCE)  # in all formats but preference
 
 USED_IN_MESSAGES = ["role", "content", "from", "value", "tool_calls", "tool_call_id", "name", "function_call",
                     "reasoning_content", "reasoning", "thinking"]  # fmt: skip
@@ -183,8 +188,11 @@ MAY_BE_JSON = {
     "mcq": ["options", "choices", "context", "CONTEXTS"],
     "alpaca": ["history"],
     "chat": ["messages", "conversations", "tools"],
+    "preference": ["history", "tools"],
     "text": [],
 }
+# Fields that may hold messages as a JSON text. Any other text that happens to be JSON is an answer as it is.
+MAY_BE_MESSAGES = {"preference": ["prompt", "chosen", "rejected", "completion", "messages", "conversations"]}
 
 
 def clean_row(row: dict, template: dict) -> dict:
@@ -206,19 +214,31 @@ def clean_row(row: dict, template: dict) -> dict:
     for name in MAY_BE_JSON[template["format"]]:
         if name in row:
             row[name] = decode_json(row[name])
+    for name in MAY_BE_MESSAGES.get(template["format"], []):
+        if name in row and holds_messages(decode_json(row[name])):
+            row[name] = decode_json(row[name])
     return row
 
 
-def count_fields(row: dict) -> int:
+def count_fields(row: dict, format: str) -> int:
     """How many values a cleaned row has, those of its messages included."""
     num_values = sum(map(has_value, row.values()))
-    for turn in find_turns(row):
+    for turn in find_turns(row, format):
         if isinstance(turn, dict):
             num_values += sum(map(has_value, turn.values()))
     return num_values
 
 
-def find_turns(row: dict) -> list:
+def find_turns(row: dict, format: str) -> list:
+    """All messages of a row that its format reads."""
+    if format == "preference":
+        turns = []
+        for name in (find_prompt_field(row), "chosen", "rejected", "completion"):
+            if name != "instruction" and name in row:
+                turns += find_messages(row[name])
+        return turns
+    if format != "chat":
+        return []
     turns = row.get("messages", row.get("conversations"))
     if isinstance(turns, list):
         return turns
@@ -237,16 +257,21 @@ def read_row(row: dict, template: dict, counts: FieldCounts, needs_answer: bool 
     Raises:
         ValueError: a field is missing or of a wrong kind, or it cannot be honoured.
     """
-    for name, reason in REFUSED.items():
+    format = template["format"]
+    refused = REFUSED
+    if format != "preference":
+        refused = REFUSED | REFUSED_ANSWERS
+    for name, reason in refused.items():
         if has_value(row.get(name)):
             raise ValueError(f"field {name}: {reason}")
-    format = template["format"]
     if format == "mcq":
         result, used = read_question(row, template.get("first_label", 0), needs_answer)
     elif format == "alpaca":
         result, used = read_instruction(row, needs_answer)
     elif format == "chat":
         result, used = read_conversation(row, needs_answer)
+    elif format == "preference":
+        result, used = read_preference(row, needs_answer)
     else:
         result, used = read_document(row)
     used = {*used, *read_weight_of_row(row, result)}
@@ -261,9 +286,8 @@ def read_row(row: dict, template: dict, counts: FieldCounts, needs_answer: bool 
             counts.ignored[name] += 1
         else:
             counts.not_used[name] += 1
-    if format == "chat":
-        for turn in find_turns(row):
-            count_fields_of_message(turn, counts)
+    for turn in find_turns(row, format):
+        count_fields_of_message(turn, counts)
     return result
 
 
@@ -663,6 +687,300 @@ def count_fields_of_message(turn: dict, counts: FieldCounts) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------------
+# Preferences
+# -------------------------------------------------------------------------------------------------------------------
+
+# How HH-RLHF writes a conversation as one text, and what begins one.
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def read_preference(row: dict, needs_answer: bool) -> tuple[dict, list[str]]:
+    """A prompt with a chosen and a rejected answer, or with one answer and a label that says whether it is wanted.
+
+    Returns:
+        the prompt as read_prompt returns it, with the following, and the fields that were used:
+          tools     as in a conversation
+          answers   [chosen, rejected] or [completion], each a list of messages; None if the two answers are whole
+                    conversations that have no common beginning, and then `texts` has what they say
+          learned   for each answer and each of its messages: is it an assistant's turn that is to be learned?
+          is_empty  whether a turn that should be learned says nothing
+          label     of a single answer; None for a pair
+          prompt_is_repeated  whether the prompt stands in both answers of the row, and not in a field of its own
+
+    Raises:
+        ValueError: a field is missing or of a wrong kind.
+    """
+    names = find_answer_fields(row)
+    if needs_answer:
+        check_answer_fields(row, names)
+    result = {"label": None, "tools": read_tools(row.get("tools")), "prompt_is_repeated": False}
+    answers = {}
+    learned = {}
+    for name in names:
+        answers[name], learned[name] = read_answer_of_pair(row[name], name)
+    used = list(names)
+    if result["tools"]:
+        used.append("tools")
+    if names == ["completion"] and "label" in row:
+        result["label"] = as_flag(row["label"])
+        used.append("label")
+
+    num_common = 0
+    if are_whole(row):
+        num_common = count_common_messages(answers)
+        prompt, used_in_prompt = read_common_beginning(row, answers[names[0]][:num_common])
+        result["prompt_is_repeated"] = True
+    else:
+        prompt, used_in_prompt = read_prompt(row)
+    result.update(prompt)
+    used += used_in_prompt
+    if are_whole(row) and num_common == 0:
+        result["answers"] = None
+        result["texts"] = [join_contents(answers[name]) for name in names]
+    else:
+        result.update(cut_answers(answers, learned, num_common))
+    return result, used
+
+
+def cut_answers(answers: dict[str, list[dict]], learned: dict[str, list[bool]], num_common: int) -> dict:
+    """The answers without the prompt that they begin with, if they do: `answers`, `learned` and `is_empty`."""
+    result = {"answers": [], "learned": [], "is_empty": False}
+    for name in answers:
+        messages = answers[name][num_common:]
+        flags = learned[name][num_common:]
+        check_answer_of_pair(messages, name)
+        if not any(flags) or has_silent_turn(messages, flags):
+            result["is_empty"] = True
+        result["answers"].append(messages)
+        result["learned"].append(flags)
+    return result
+
+
+def find_answer_fields(row: dict) -> list[str]:
+    """chosen and rejected, or completion: those that a row has."""
+    names = [name for name in ("chosen", "rejected") if name in row]
+    if not names and "completion" in row:
+        names = ["completion"]
+    return names
+
+
+def check_answer_fields(row: dict, names: list[str]) -> None:
+    if not names:
+        raise ValueError("fields chosen and rejected (or completion and label) are missing")
+    if names == ["completion"]:
+        if "label" not in row:
+            raise ValueError("field label is missing: it says whether the completion is wanted")
+        if as_flag(row["label"]) is None:
+            raise ValueError(f"field label is {row['label']!r}, expected true or false")
+    elif len(names) == 1:
+        missing = {"chosen": "rejected", "rejected": "chosen"}[names[0]]
+        raise ValueError(f"field {missing} is missing: a pair has a chosen and a rejected answer")
+
+
+def read_prompt(row: dict) -> tuple[dict, list[str]]:
+    """The prompt in a field of its own: messages, or alpaca's instruction, input, system and history."""
+    name = find_prompt_field(row)
+    if name is None:
+        raise ValueError("field prompt is missing")
+    if name == "instruction":
+        without_output = {field: value for field, value in row.items() if field not in ("output", "response")}
+        return read_instruction(without_output, needs_answer=False)
+    messages = read_prompt_messages(row[name], name)
+    used = [name, *put_system_first(row, messages)]
+    return {"messages": messages}, used
+
+
+def read_common_beginning(row: dict, messages: list[dict]) -> tuple[dict, list[str]]:
+    """The prompt that two conversations begin with; its system message may stand beside them."""
+    used = check_prompt_beside(row, messages)
+    if messages:
+        used += put_system_first(row, messages)
+    return {"messages": messages}, used
+
+
+def holds_messages(value) -> bool:
+    """Whether a value is a message, or a list of messages."""
+    turns = find_messages(value)
+    if not turns:
+        return False
+    return all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
+
+
+def find_messages(value) -> list:
+    """The messages of a field that holds a list of them, or a single one; none of a text."""
+    if isinstance(value, dict):
+        return [value]
+    if isinstance(value, list):
+        return value
+    return []
+
+
+def is_hh_conversation(value) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("Human:")
+
+
+def is_whole(value) -> bool:
+    """Whether an answer is a conversation from its beginning, and not what follows a prompt."""
+    if is_hh_conversation(value):
+        return True
+    turns = find_messages(value)
+    if not turns or not isinstance(turns[0], dict):
+        return False
+    role = turns[0].get("role", turns[0].get("from"))
+    return isinstance(role, str) and ROLES.get(role, role) != "assistant"
+
+
+def are_whole(row: dict) -> bool:
+    """Whether the answers of a pair are conversations with the prompt inside."""
+    return is_whole(row.get("chosen")) or is_whole(row.get("rejected"))
+
+
+def find_prompt_field(row: dict) -> str | None:
+    """The field that holds the prompt; None if there is none, as where it is the common beginning of both answers."""
+    if has_value(row.get("prompt")):
+        return "prompt"
+    if are_whole(row):
+        return None
+    for name in ("conversations", "messages", "instruction"):
+        if has_value(row.get(name)):
+            return name
+    return None
+
+
+def read_answer_of_pair(value, name: str) -> tuple[list[dict], list[bool]]:
+    """The messages of an answer, or of a whole conversation, and which of them are to be learned."""
+    if is_hh_conversation(value):
+        messages = split_hh_conversation(check_text(value, name))
+        return messages, [message["role"] == "assistant" for message in messages]
+    if isinstance(value, str) or value == []:
+        text = ""
+        if value:
+            text = check_text(value, name)
+        return [{"role": "assistant", "content": text}], [True]
+    messages = []
+    learned = []
+    for number, turn in enumerate(find_turns_of_field(value, name), 1):
+        place = f"{name}, turn {number}"
+        turn = drop_absent(turn)
+        message = read_message(turn, place)
+        messages.append(message)
+        learned.append(message["role"] == "assistant" and read_weight(turn, place))
+    return messages, learned
+
+
+def find_turns_of_field(value, name: str) -> list[dict]:
+    turns = find_messages(value)
+    if not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"field {name} is neither a text nor a list of messages")
+    return turns
+
+
+def split_hh_conversation(text: str) -> list[dict]:
+    """The messages of a text such as "\\n\\nHuman: Hi\\n\\nAssistant: Hello"."""
+    parts = HH_TURN.split("\n\n" + text.lstrip())
+    messages = []
+    for name, content in zip(parts[1::2], parts[2::2], strict=True):
+        messages.append({"role": HH_ROLES[name], "content": content.strip()})
+    return messages
+
+
+def read_prompt_messages(value, name: str) -> list[dict]:
+    """The messages of a prompt: a text is what the user says, or a conversation as HH-RLHF writes it."""
+    if isinstance(value, str):
+        text = check_text(value, name)
+        if is_hh_conversation(text) and text.rstrip().endswith("\n\nAssistant:"):
+            return split_hh_conversation(text)[:-1]
+        return [{"role": "user", "content": text}]
+    messages = []
+    for number, turn in enumerate(find_turns_of_field(value, name), 1):
+        place = f"{name}, turn {number}"
+        turn = drop_absent(turn)
+        read_weight(turn, place)
+        messages.append(read_message(turn, place))
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(f"field {name} ends with a turn of the assistant, and both answers would go on with another")
+    return messages
+
+
+def put_system_first(row: dict, messages: list[dict]) -> list[str]:
+    """Puts the system message that stands beside a prompt before it. Returns the fields that were used."""
+    used = []
+    for name in ("system", "system_prompt"):
+        if has_value(row.get(name)):
+            if used or messages[0]["role"] == "system":
+                raise ValueError(f"field {name} stands beside another system message; leave out one of the two")
+            messages.insert(0, {"role": "system", "content": check_text(row[name], name)})
+            used.append(name)
+    return used
+
+
+def count_common_messages(answers: dict[str, list[dict]]) -> int:
+    """How many messages at the beginning of two conversations are their prompt: all up to where the answers part.
+
+    The prompt ends where both go on with a turn of the assistant, so the answers may begin with equal turns.
+    """
+    if len(answers) < 2:
+        return 0
+    chosen = answers["chosen"]
+    rejected = answers["rejected"]
+    num_equal = 0
+    for message, other in zip(chosen, rejected, strict=False):
+        if message != other:
+            break
+        num_equal += 1
+    for number in range(num_equal, 0, -1):
+        if is_turn_of_assistant(chosen, number) and is_turn_of_assistant(rejected, number):
+            return number
+    return 0
+
+
+def is_turn_of_assistant(messages: list[dict], number: int) -> bool:
+    return number < len(messages) and messages[number]["role"] == "assistant"
+
+
+def check_prompt_beside(row: dict, messages: list[dict]) -> list[str]:
+    """Compares a prompt that stands beside two conversations with their common beginning.
+
+    Returns:
+        ["prompt"] if it says the same. A text that does not is not used, because the conversations are complete.
+
+    Raises:
+        ValueError: it is a list of messages, and the conversations begin otherwise.
+    """
+    prompt = row.get("prompt")
+    if not has_value(prompt):
+        return []
+    if isinstance(prompt, str):
+        if prompt.strip() in [message.get("content", "").strip() for message in messages]:
+            return ["prompt"]
+        return []
+    beginning = read_prompt_messages(prompt, "prompt")
+    if messages and messages[: len(beginning)] != beginning:
+        raise ValueError("field prompt has other messages than chosen and rejected begin with")
+    return ["prompt"]
+
+
+def join_contents(messages: list[dict]) -> str:
+    return "\n\n".join(message.get("content", "") for message in messages)
+
+
+def check_answer_of_pair(messages: list[dict], name: str) -> None:
+    """Raises ValueError if an answer does not begin with a turn of the assistant."""
+    if messages and messages[0]["role"] != "assistant":
+        raise ValueError(f"field {name} begins with a turn of the {messages[0]['role']}; an answer begins with the "
+                         "assistant's, and a whole conversation stands in both chosen and rejected")  # fmt: skip
+
+
+def has_silent_turn(messages: list[dict], learned: list[bool]) -> bool:
+    """Whether the assistant says nothing in a turn that is to be learned."""
+    for message, is_learned in zip(messages, learned, strict=True):
+        if is_learned and "tool_calls" not in message and not message["content"].strip():
+            return True
+    return False
+
+
+# -------------------------------------------------------------------------------------------------------------------
 # Tools and calls
 # -------------------------------------------------------------------------------------------------------------------
 
@@ -727,6 +1045,8 @@ def read_calls(calls, place: str) -> list[dict]:
 
 def guess_format(row: dict) -> str | None:
     """The format that a row with such fields seems to have."""
+    if "chosen" in row or "rejected" in row or {"completion", "label"} <= row.keys():
+        return "preference"
     if "messages" in row or "conversations" in row:
         return "chat"
     if "instruction" in row:
@@ -768,8 +1088,10 @@ def describe_row(row: dict, format: str) -> str:
     A row that looks like its format, or that is refused for what it holds, needs none.
     """
     guess = guess_format(row)
-    is_refused = any(has_value(row.get(name)) for name in REFUSED)
-    if guess == format or is_refused:
+    is_refused = any(has_value(row.get(name)) for name in (*REFUSED, *REFUSED_ANSWERS))
+    if guess == format == "preference" and find_prompt_field(row) is None:
+        guess = None  # the prompt has another name
+    elif guess == format or is_refused:
         return ""
     names = ", ".join(str(name) for name in list(row)[:20])
     hint = f"the row has the fields {names}"
@@ -783,6 +1105,7 @@ def describe_row(row: dict, format: str) -> str:
     examples = {
         "alpaca": "instruction=question,output=answer",
         "chat": "messages=dialog",
+        "preference": "prompt=question,chosen=better,rejected=worse",
         "text": "text=content",
     }
     return f"{hint}; if they have other names, say so: --columns {examples[format]}"

@@ -20,6 +20,12 @@ LOST = {
     "truncated": "cut off: beyond --max_length",
     "other_split": "in the other split (--val_size)",
 }
+# Where a pair of answers can go besides.
+LOST_PAIRS = {
+    "no_common_beginning": "dropped: conversations without a common beginning",
+    "equal_answers": "dropped: both answers are equal",
+    "rewritten": "dropped: template rewrites turns of an answer",
+}
 
 
 @dataclass
@@ -50,6 +56,9 @@ class Split:
     split_rows: int = 0
     without_eos_target: int = 0  # documents in which no EOS is learned
     bos_at_start: Counter = field(default_factory=Counter)  # documents by the number of BOS that they begin with
+    document_tokens: int = 0  # of the documents of pairs, in each of which the prompt stands
+    answers: Counter = field(default_factory=Counter)  # preference: answers that are kept, by what they are
+    answer_tokens: Counter = field(default_factory=Counter)
 
     def add(self, other: "Split") -> None:
         self.rows.update(other.rows)
@@ -61,6 +70,9 @@ class Split:
         self.split_rows += other.split_rows
         self.without_eos_target += other.without_eos_target
         self.bos_at_start.update(other.bos_at_start)
+        self.document_tokens += other.document_tokens
+        self.answers.update(other.answers)
+        self.answer_tokens.update(other.answer_tokens)
 
 
 @dataclass
@@ -80,8 +92,10 @@ class Ledger:
     splits: dict[str, Split] = field(default_factory=lambda: {"train": Split(), "val": Split()})
     lengths: Counter = field(default_factory=Counter)  # rows that came in, by their number of tokens
     languages: dict[str, Language] = field(default_factory=dict)
+    of_preferences: bool = False
 
     def add(self, other: "Ledger") -> None:
+        self.of_preferences = self.of_preferences or other.of_preferences
         self.rows_in += other.rows_in
         self.rows_broken += other.rows_broken
         self.tokens_in += other.tokens_in
@@ -98,10 +112,16 @@ class Ledger:
         for name, language in other.languages.items():
             self.languages.setdefault(name, Language()).add(language)
 
+    @property
+    def reasons(self) -> list[str]:
+        if self.of_preferences:
+            return [*LOST, *LOST_PAIRS]
+        return list(LOST)
+
     def balance_rows(self, split: str) -> dict[str, int]:
         """Rows that came in, were kept in `split`, and were lost to it for each reason."""
         balance = {"in": self.rows_in, "kept": self.splits[split].rows["kept"]}
-        for reason in LOST:
+        for reason in self.reasons:
             if reason != "truncated":  # a row that lost tokens is kept, and counted in truncated_rows
                 balance[reason] = sum(part.rows[reason] for part in self.splits.values())
         balance["broken"] = self.rows_broken
@@ -112,7 +132,7 @@ class Ledger:
     def balance_tokens(self, split: str) -> dict[str, int]:
         """The same for tokens. A broken row has none."""
         balance = {"in": self.tokens_in, "kept": self.splits[split].tokens["kept"]}
-        for reason in LOST:
+        for reason in self.reasons:
             balance[reason] = sum(part.tokens[reason] for part in self.splits.values())
         balance["other_split"] = self.kept_elsewhere(split).tokens["kept"]
         check_balance(balance)
@@ -149,8 +169,11 @@ def summarize(ledger: Ledger, split: str, num_rows: int, longest_row: int, row_l
         row_length: the length that all written rows should have, if they are packed.
     """
     part = ledger.splits[split]
-    num_positions = num_rows * (row_length or longest_row)
-    return {
+    if ledger.of_preferences:
+        filled = part.document_tokens / max(1, part.documents * longest_row)
+    else:
+        filled = part.tokens["kept"] / max(1, num_rows * (row_length or longest_row))
+    figures = {
         "rows": ledger.balance_rows(split),
         "tokens": ledger.balance_tokens(split),
         "fields": ledger.balance_fields(),
@@ -163,15 +186,20 @@ def summarize(ledger: Ledger, split: str, num_rows: int, longest_row: int, row_l
         "rows_written": num_rows,
         "longest_row_written": longest_row,
         # Of the positions that rows of one length would have: --max_length if packed, else the longest row's.
-        "filled": part.tokens["kept"] / max(1, num_positions),
+        "filled": filled,
         "truncated_rows": part.truncated_rows,
         "split_rows": part.split_rows,
-        "documents": part.documents,  # as many as rows_written, unless rows are packed
+        "documents": part.documents,  # as many as rows_written, unless rows are packed; two for each pair
         "share_without_eos_target": part.without_eos_target / max(1, part.documents),
         "bos_at_start": {str(number): part.bos_at_start[number] for number in (0, 1, 2)},
         "length_histogram": length_histogram(ledger.lengths),  # of all rows that came in, cut or not
         "languages": {name: vars(language) for name, language in sorted(ledger.languages.items())},
     }
+    if ledger.of_preferences:
+        figures["answers"] = {}
+        for name in sorted(part.answers):
+            figures["answers"][name] = {"rows": part.answers[name], "tokens": part.answer_tokens[name]}
+    return figures
 
 
 def sorted_counts(counts: Counter) -> dict[str, int]:
@@ -182,7 +210,8 @@ def explain_empty_split(ledger: Ledger, split: str) -> str:
     """Why no row of a split was kept: the largest reason, an example and what to do."""
     if ledger.rows_in == 0:
         return "the input has no rows"
-    lost = {reason: number for reason, number in ledger.balance_rows(split).items() if reason in LOST}
+    labels = LOST | LOST_PAIRS
+    lost = {reason: number for reason, number in ledger.balance_rows(split).items() if reason in labels}
     reason = max(lost, key=lost.get)
     remedies = {
         "broken": "mend the rows that are named above",
@@ -191,12 +220,17 @@ def explain_empty_split(ledger: Ledger, split: str) -> str:
         "too_long": f"raise --max_length, up to {max(ledger.lengths, default=0)} for the longest row, or choose "
         "--on_long truncate or split",
         "other_split": "choose another --val_size",
+        "no_common_beginning": "both conversations begin with the same prompt; or put it into a field prompt",
+        "equal_answers": "a pair needs two answers that differ",
+        "rewritten": "give pairs whose answers have one turn, with the turns before in the prompt",
     }
+    if ledger.of_preferences:
+        remedies["too_long"] = f"raise --max_length, up to {max(ledger.lengths, default=0)} for the longest row"
     example = ""
     for part in ledger.splits.values():
         if reason in part.examples:
             example = f" (the first: {part.examples[reason]})"
-    return f"{LOST[reason]}: {lost[reason]:,} of {ledger.rows_in:,} rows{example}; {remedies[reason]}"
+    return f"{labels[reason]}: {lost[reason]:,} of {ledger.rows_in:,} rows{example}; {remedies[reason]}"
 
 
 def length_histogram(lengths: Counter) -> dict[str, int]:
@@ -243,14 +277,16 @@ def print_ledger(ledger: dict, output: Path) -> None:
     print_languages(ledger["languages"])
     if ledger["documents"]:
         print_ends(ledger)
+    for name, figures in ledger.get("answers", {}).items():
+        print(f"{name} answers: {figures['rows']:,}, on average {figures['tokens'] / figures['rows']:.1f} tokens")
     print(f"{ledger['targets']:,} target tokens in {ledger['rows_written']:,} written rows: {output}")
 
 
 def print_balance(ledger: dict) -> None:
     print(f"\n{'':54}{'rows':>12}{'tokens':>16}")
-    for reason, label in {"in": "came in", "kept": "kept", **LOST}.items():
+    for reason, label in {"in": "came in", "kept": "kept", **LOST, **LOST_PAIRS}.items():
         num_rows = ledger["rows"].get(reason, 0)
-        num_tokens = ledger["tokens"][reason]
+        num_tokens = ledger["tokens"].get(reason, 0)
         if num_rows or num_tokens or reason in ("in", "kept"):
             print(f"{label:54}{num_rows:>12,}{num_tokens:>16,}")
     num_truncated = ledger["truncated_rows"]

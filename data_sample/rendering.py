@@ -9,10 +9,11 @@ Three words that all functions use:
 - A *row* is one object of the raw data, for example {"instruction": ..., "input": ..., "output": ...}.
 - A *template* is a dictionary of plain data that says how rows are rendered. make_template makes it,
   tokenize_dataset.py writes it into ledger.json, and training copies it into run.json. Its keys:
-    format              mcq, alpaca, chat or text
+    format              mcq, alpaca, chat, preference or text
     chat                True if the tokenizer's chat template is used, False if the plain texts below are used
-    prompt              the text around the question or instruction, with {question} or {instruction}  (mcq, alpaca)
-    prompt_with_input   the same for rows that have an input, with {instruction} and {input}           (alpaca)
+    prompt              the text around the question or instruction, with {question} or {instruction}
+                        (mcq, alpaca; preference: the text around what the user says)
+    prompt_with_input   the same for rows that have an input, with {instruction} and {input}  (alpaca, preference)
     answer, option      text or letter, and how one option is written, with {letter} and {text}        (mcq)
     columns             the names that --columns gives to other columns, if it does
     first_label         the label of the first option, if it is not 0                                  (mcq)
@@ -59,7 +60,7 @@ def make_template(
     """Makes the template of a set.
 
     Args:
-        format: mcq, alpaca, chat or text.
+        format: mcq, alpaca, chat, preference or text.
         chat: whether the tokenizer has a chat template.
         answer: mcq only: text or letter.
         prompt_file: mcq only: a text file with {question} in it, used instead of the default prompt.
@@ -80,7 +81,7 @@ def make_template(
             template["prompt"] = "{question}"
         else:
             template["prompt"] = PLAIN_MCQ
-    elif format == "alpaca":
+    elif format in ("alpaca", "preference"):
         if chat:
             template["prompt"] = "{instruction}"
             template["prompt_with_input"] = "{instruction}\n\n{input}"
@@ -135,12 +136,14 @@ def render_answers(row: dict, template: dict) -> list[str]:
 
 
 def render_messages(row: dict, template: dict) -> list[dict]:
-    """The messages before the answer of a multiple-choice or Alpaca row.
+    """The messages before the answer of a multiple-choice or Alpaca row, or before the answers of a preference row.
 
     Alpaca's `system` and `history` come first. They carry no loss.
     """
+    if "messages" in row:
+        return wrap_user_turns(row["messages"], template)
     messages = []
-    if template["format"] == "alpaca":
+    if template["format"] in ("alpaca", "preference"):
         if row.get("system"):
             messages.append({"role": "system", "content": row["system"]})
         for instruction, output in row.get("history") or []:
@@ -149,6 +152,16 @@ def render_messages(row: dict, template: dict) -> list[dict]:
             messages.append({"role": "assistant", "content": output})
     messages.append({"role": "user", "content": render_prompt(row, template)})
     return messages
+
+
+def wrap_user_turns(messages: list[dict], template: dict) -> list[dict]:
+    """The messages with the template's text around what the user says; a chat template needs none."""
+    wrapped = []
+    for message in messages:
+        if message["role"] == "user":
+            message = {**message, "content": render_prompt({"instruction": message["content"]}, template)}
+        wrapped.append(message)
+    return wrapped
 
 
 def read_raw_row(row: dict, template: dict) -> dict:
@@ -162,6 +175,8 @@ def read_raw_row(row: dict, template: dict) -> dict:
 
 def read_tools(row: dict, template: dict) -> list | None:
     """The tools that a raw row offers to the model; None if it offers none."""
+    if template["format"] == "preference":
+        return read_raw_row(row, template)["tools"]
     if template["format"] != "chat" or "prompt" in row:
         return None
     return read_raw_row(row, template)["tools"]
@@ -192,18 +207,21 @@ def messages_before_answer(row: dict, template: dict) -> list[dict]:
     """What a model has to answer: the messages of a raw row up to, and without, its answer.
 
     A row may also be {"prompt": ..., "system": ...}, in any format. The answer of a conversation is its last message,
-    if that is the assistant's. The document of a row of text is one message, which prompt_text writes as it is.
+    if that is the assistant's; a preference row says itself where the answers begin. The document of a row of text is
+    one message, which prompt_text writes as it is.
 
     Raises:
         ValueError: the row does not have the shape of the template's format.
     """
-    if "prompt" in row:
+    if "prompt" in row and template["format"] != "preference":
         messages = []
         if row.get("system"):
             messages.append({"role": "system", "content": row["system"]})
         messages.append(user_message(row["prompt"], template))
         return messages
     row = read_raw_row(row, template)
+    if template["format"] == "preference" and row.get("messages") == []:
+        raise ValueError("chosen and rejected have no common beginning, so the row has no prompt")
     if template["format"] == "text":
         return [{"role": "user", "content": row["text"]}]
     if template["format"] != "chat":
@@ -216,13 +234,15 @@ def messages_before_answer(row: dict, template: dict) -> list[dict]:
 
 def user_message(text: str, template: dict) -> dict:
     """What a user types, put where the question or the instruction of the training data stood."""
-    if template["format"] in ("mcq", "alpaca"):
+    if template["format"] in ("mcq", "alpaca", "preference"):
         text = template["prompt"].format(question=text, instruction=text)
     return {"role": "user", "content": text}
 
 
 def expected_answer(row: dict, template: dict) -> str | None:
-    """The right answer of a raw row; None if the row has none."""
+    """The right answer of a raw row; None if the row has none. Of a pair it is the chosen one."""
+    if template["format"] == "preference":
+        return wanted_answer(read_raw_row(row, template))
     if "prompt" in row:
         return row.get("output")
     row = read_raw_row(row, template)
@@ -233,6 +253,14 @@ def expected_answer(row: dict, template: dict) -> str | None:
         if last["role"] == "assistant":
             return last.get("content", last.get("text_of_call"))
     return row.get("output")
+
+
+def wanted_answer(row: dict) -> str | None:
+    """The last message of the chosen answer of a preference row, or of a single one that is wanted."""
+    if not row["answers"] or row["label"] is False:
+        return None
+    last = row["answers"][0][-1]
+    return last.get("content", last.get("text_of_call"))
 
 
 def prompt_text(tokenizer, messages: list[dict], template: dict, tools: list | None = None) -> str:
@@ -294,11 +322,28 @@ def plain_texts(tokenizer, messages: list[dict]) -> list[str]:
     return [message["content"] + ends[message["role"]] for message in messages]
 
 
-def render_plain(tokenizer, messages: list[dict]) -> list[tuple[str, bool]]:
-    """A conversation for a tokenizer without a chat template: texts, and which is a target: only the last one."""
-    prompt = "".join(plain_texts(tokenizer, messages[:-1]))
-    answer = messages[-1]["content"] + tokenizer.eos_token
-    return [(prompt, False), (answer, True)]
+def render_plain(tokenizer, messages: list[dict], learned: list[bool] | None = None) -> list[tuple[str, bool]]:
+    """A conversation for a tokenizer without a chat template: texts, and which of them are targets.
+
+    Args:
+        learned: which messages are targets; without it only the last one.
+    """
+    if learned is None:
+        learned = [False] * (len(messages) - 1) + [True]
+    pieces = []
+    before = ""
+    texts = plain_texts(tokenizer, messages)
+    for message, text, is_learned in zip(messages, texts, learned, strict=True):
+        if is_learned:
+            target = message["content"] + tokenizer.eos_token
+            pieces.append((before, False))
+            pieces.append((target, True))
+            before = text.removeprefix(target)
+        else:
+            before += text
+    if before.strip():
+        pieces.append((before, False))
+    return pieces
 
 
 def apply_template(tokenizer, prompt: str, answer: str, chat: bool) -> tuple[str, str]:

@@ -4,11 +4,13 @@
         --tokenizer_path models/SmolLM2-135M-Instruct --output data_sample/tokenized/triage_train
 
 Formats:
-    mcq      sent1, sent2, ending0, ending1 and up to 24 more, label; or the columns of MedQA, MedMCQA, C-Eval, MMLU or
-             PubMedQA as they are published
-    alpaca   instruction, input, output, and system, history
-    chat     messages with role and content, or ShareGPT's conversations with from and value; tools, calls, reasoning
-    text     text, for continued pretraining
+    mcq         sent1, sent2, ending0, ending1 and up to 24 more, label; or the columns of MedQA, MedMCQA, C-Eval, MMLU
+                or PubMedQA as they are published
+    alpaca      instruction, input, output, and system, history
+    chat        messages with role and content, or ShareGPT's conversations with from and value; tools, calls, reasoning
+    preference  prompt, chosen, rejected: texts or messages; or two whole conversations with a common beginning, also
+                as HH-RLHF writes them; or prompt, completion, label. docs/preferences.md shows them
+    text        text, for continued pretraining
 --columns names columns that have other names. Files: .jsonl, .json with a list, .csv, .parquet, what save_to_disk of
 `datasets` wrote and, for `text`, .txt with one document each; compressed with gzip or zstd or not; one file, a folder,
 a glob in quotes, a URL, or `-` for JSONL from stdin.
@@ -19,7 +21,9 @@ learned are those that a model gets when it is asked. Each answer ends with EOS,
 with exactly one BOS where the tokenizer adds one.
 
 Writes a `datasets` folder with `input_ids`, `labels` (-100 where no loss) and, with --packing True, `position_ids`.
-Rows of `mcq` that are not packed also keep `options`, every option's completion, for tools/evaluate.py. Documents that
+Rows of `mcq` that are not packed also keep `options`, every option's completion, for tools/evaluate.py. Rows of
+`preference` have `prompt_ids`, `chosen_ids`, `chosen_labels`, `rejected_ids` and `rejected_labels`, or `prompt_ids`,
+`completion_ids`, `completion_labels` and `label`: the prompt stands once, and no answer has its ids. Documents that
 are not packed keep all their ids and have no labels: training draws passages from them (--random_passage True).
 `ledger.json` in it says: rows and tokens in = kept + lost for each reason, fields in = used + ignored + not used, the
 template, its date, and how the tokenizer behaves. The folder appears under its name only when it is complete.
@@ -27,7 +31,8 @@ template, its date, and how the tokenizer behaves. The folder appears under its 
 How it works: the input is cut into chunks of some hundred rows, each worker turns chunks into arrays of ids, and the
 arrays are written in the order of the input. So memory does not grow with the input, and the result does not depend on
 the number of workers. The parts: reading.py (files), fields.py (what a row may hold), rendering.py and chat_template.py
-(texts), encoding.py (ids), ledger.py (figures) and writing.py (packing, and the folder).
+(texts), encoding.py (ids), preferences.py (ids of prompts with several answers), ledger.py (figures) and writing.py
+(packing, and the folder).
 """
 
 import datetime
@@ -56,6 +61,7 @@ from data_sample.chat_template import chat_template_of, writes_date
 from data_sample.encoding import ChunkResult, Complaint, Tokenization
 from data_sample.fields import USED
 from data_sample.ledger import Ledger, explain_empty_split, plot_lengths, print_ledger, summarize
+from data_sample.preferences import PreferenceTokenization, refuse_mixed_kinds
 from data_sample.reading import Files, find_files, hash_files, read_chunks
 from data_sample.rendering import fingerprint_tokenizer, make_template, vocabulary_hash
 from data_sample.writing import SetWriter, publish
@@ -72,7 +78,7 @@ class Arguments:
             "help": "a file, a folder, a glob in quotes, a URL (with --streaming True), or - for JSONL from stdin"
         },
     )
-    format: str = field(default="mcq", metadata={"help": "mcq | alpaca | chat | text"})
+    format: str = field(default="mcq", metadata={"help": "mcq | alpaca | chat | preference | text"})
     tokenizer_path: str = field(
         default="models/SmolLM2-135M-Instruct", metadata={"help": "folder or hub id of the model to be trained"}
     )
@@ -133,7 +139,7 @@ class Arguments:
 # -------------------------------------------------------------------------------------------------------------------
 
 CHOICES = {
-    "format": ["mcq", "alpaca", "chat", "text"],
+    "format": ["mcq", "alpaca", "chat", "preference", "text"],
     "answer": ["text", "letter"],
     "on_long": ["drop", "truncate", "split", "error"],
     "on_bad_row": ["error", "skip"],
@@ -157,6 +163,8 @@ def check_arguments(args: Arguments) -> None:
     if args.format == "mcq" and args.on_long in ("truncate", "split"):
         mistakes.append(f"--on_long {args.on_long}: the answer, which is what is learned, stands at the end of a "
                         "question and would be cut off; choose drop or error, or raise --max_length")  # fmt: skip
+    if args.format == "preference":
+        mistakes += find_preference_mistakes(args)
     mistakes += find_template_mistakes(args)
     mistakes += find_column_mistakes(args)
     if args.first_label not in (0, 1):
@@ -188,6 +196,20 @@ def find_input_mistakes(args: Arguments) -> list[str]:
     except (ValueError, OSError) as problem:
         return [f"--input {args.input}: {problem}"]
     return []
+
+
+def find_preference_mistakes(args: Arguments) -> list[str]:
+    mistakes = []
+    if args.packing:
+        mistakes.append("--packing True: two answers are compared behind one prompt, so they cannot be joined with "
+                        "others; leave it out with --format preference")  # fmt: skip
+    if args.train_on_prompt:
+        mistakes.append("--train_on_prompt True: the prompt is the same for both answers, so it cancels out; leave it "
+                        "out with --format preference")  # fmt: skip
+    if args.on_long in ("truncate", "split"):
+        mistakes.append(f"--on_long {args.on_long}: the ends of answers, which are compared, would be cut off; choose "
+                        "drop or error, or raise --max_length")  # fmt: skip
+    return mistakes
 
 
 def find_template_mistakes(args: Arguments) -> list[str]:
@@ -385,11 +407,14 @@ def build(args: Arguments, tokenizer) -> dict[str, dict]:
         dir=existing_parent(outputs["train"]),  # on the same disk, so that renaming is one step
     ))  # fmt: skip
     try:
-        made = Tokenization(args, tokenizer, template, files.paths, list(outputs))
+        kind = Tokenization
+        if args.format == "preference":
+            kind = PreferenceTokenization
+        made = kind(args, tokenizer, template, files.paths, list(outputs))
         folders = {split: staging / output.name for split, output in outputs.items()}
         writers = {}
         for split, folder in folders.items():
-            writers[split] = SetWriter(folder, made.columns, args.packing, args.max_length)
+            writers[split] = SetWriter(folder, args.packing, args.max_length)
         ledger = tokenize(made, writers, read_chunks(files.paths, args.shard))
         refuse_empty_sets(args, outputs, ledger)
         ledgers = {}
@@ -433,11 +458,15 @@ def tokenize(made: Tokenization, writers: dict[str, SetWriter], chunks: Iterator
     from tqdm import tqdm
 
     ledger = Ledger()
+    first_of_kind = {}
     with tqdm(desc="tokenizing", unit=" rows", mininterval=1) as progress:
         for result in tokenize_chunks(made, made.args.num_proc, chunks):
             num_shown = max(0, SHOWN_BROKEN_ROWS - ledger.rows_broken)
             ledger.add(result.ledger)
             refuse_broken_rows(made.args, result.complaints, ledger)
+            for kind, place in result.first_of_kind.items():
+                first_of_kind.setdefault(kind, place)
+            refuse_mixed_kinds(first_of_kind)
             for complaint in result.complaints[:num_shown]:
                 progress.write(f"skipped {complaint.place}: {complaint.problem}", file=sys.stderr)
             for split, batch in result.batches.items():

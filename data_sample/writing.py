@@ -88,25 +88,17 @@ class SetWriter:
 
     Args:
         folder: the folder to make. load_from_disk of `datasets` opens it after `finish`.
-        columns: the columns of the rows: input_ids, and of labels, position_ids and options those that rows have.
         packing: whether documents are joined into rows of at most `max_length` tokens.
     """
 
-    def __init__(self, folder: Path, columns: list[str], packing: bool, max_length: int):
-        from datasets import Features, Sequence, Value
-        from datasets.arrow_writer import ArrowWriter
-
+    def __init__(self, folder: Path, packing: bool, max_length: int):
         folder.mkdir()
         self.folder = folder
         self.packing = packing
         self.max_length = max_length
-        ids = Sequence(Value("int32"))
-        types = dict.fromkeys(columns, ids)
-        if "options" in columns:
-            types["options"] = Sequence(ids)
-        self.features = Features(types)
         self.rows_file = folder / "rows.arrow"
-        self.writer = ArrowWriter(path=str(self.rows_file), features=self.features)
+        self.features = None
+        self.writer = None  # made with the first rows, which say what the columns are
         self.gathered = []
         self.num_gathered_tokens = 0
         self.num_rows = 0
@@ -114,7 +106,7 @@ class SetWriter:
 
     def add(self, batch: pa.RecordBatch) -> None:
         self.gathered.append(batch)
-        self.num_gathered_tokens += len(batch["input_ids"].values)
+        self.num_gathered_tokens += count_tokens(batch)
         if self.num_gathered_tokens >= WRITE_TOKENS:
             self.write_gathered()
 
@@ -122,29 +114,42 @@ class SetWriter:
         table = pa.Table.from_batches(self.gathered).combine_chunks()
         if self.packing:
             table = join_documents(table, self.max_length)
+        if self.writer is None:
+            self.open_writer(table.column_names)
         self.writer.write_table(table)
         self.num_rows += len(table)
-        lengths = np.diff(table["input_ids"].chunk(0).offsets)
-        self.longest_row = max(self.longest_row, int(lengths.max()))
+        self.longest_row = max(self.longest_row, longest_document(table))
         self.gathered = []
         self.num_gathered_tokens = 0
+
+    def open_writer(self, columns: list[str]) -> None:
+        from datasets import Features, Sequence, Value
+        from datasets.arrow_writer import ArrowWriter
+
+        ids = Sequence(Value("int32"))
+        types = dict.fromkeys(columns, ids)
+        if "options" in columns:
+            types["options"] = Sequence(ids)
+        if "label" in columns:
+            types["label"] = Value("bool")
+        self.features = Features(types)
+        self.writer = ArrowWriter(path=str(self.rows_file), features=self.features)
 
     def finish(self) -> str:
         """Writes the rest and what `datasets` wants to know about the folder.
 
         Returns:
-            the SHA-256 of the file with the rows.
+            the SHA-256 of the file with the rows; of no bytes, if there are no rows.
         """
         import datasets
 
         if self.gathered:
             self.write_gathered()
+        if self.writer is None:
+            return hash_files([])
         self.writer.finalize()
         self.writer.close()
         sha256 = hash_files([str(self.rows_file)])
-        if self.num_rows == 0:
-            self.rows_file.unlink()
-            return sha256
         # save_to_disk would read all rows again to copy them. So it saves one row, with all that `datasets` keeps
         # beside it, and the file with that row is replaced by the file with all rows.
         first_row = next(datasets.Dataset.from_file(str(self.rows_file)).iter(batch_size=1))
@@ -156,6 +161,29 @@ class SetWriter:
         for path in self.folder.iterdir():
             sync(path)
         return sha256
+
+
+# The columns whose tokens follow one another in a document, for each kind of row; a pair is two documents.
+DOCUMENTS = (["input_ids"], ["prompt_ids", "chosen_ids"], ["prompt_ids", "rejected_ids"],
+             ["prompt_ids", "completion_ids"])  # fmt: skip
+
+
+def count_tokens(batch: pa.RecordBatch) -> int:
+    num_tokens = 0
+    for name in batch.schema.names:
+        if name.endswith("_ids"):
+            num_tokens += len(batch[name].values)
+    return num_tokens
+
+
+def longest_document(table: pa.Table) -> int:
+    """Tokens of the longest document in a table of one chunk."""
+    longest = 0
+    for names in DOCUMENTS:
+        if names[-1] in table.column_names:
+            lengths = sum(np.diff(table[name].chunk(0).offsets) for name in names)
+            longest = max(longest, int(lengths.max()))
+    return longest
 
 
 def sync(path: Path) -> None:

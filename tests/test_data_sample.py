@@ -1,6 +1,7 @@
 """The shipped sample data: shape and balance, and that neither wording nor a near-copy in training tells answers."""
 
 import json
+import os
 import re
 from collections import Counter, defaultdict
 
@@ -17,6 +18,7 @@ def read_jsonl(name: str) -> list[dict]:
 
 TRAIN, TEST = read_jsonl("triage_train.jsonl"), read_jsonl("triage_test.jsonl")
 INSTRUCTIONS = json.loads((ROOT / "data_sample" / "instruct_zh_en.json").read_text(encoding="utf-8"))
+PAIRS = {"train": read_jsonl("preference_zh_en.jsonl"), "test": read_jsonl("preference_zh_en_test.jsonl")}
 both_sets = pytest.mark.parametrize("rows", [TRAIN, TEST], ids=["train", "test"])
 
 
@@ -131,3 +133,82 @@ def test_every_instruction_has_the_fields_of_the_format():
         assert list(row) == ["instruction", "input", "output"]
         assert all(isinstance(text, str) for text in row.values())
         assert row["instruction"].strip() and row["output"].strip()
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Pairs of answers
+# -------------------------------------------------------------------------------------------------------------------
+
+both_halves = pytest.mark.parametrize("half", PAIRS)
+# When to see a doctor, in words that the answers use for it.
+WARNING = re.compile(
+    r"ambulance|emergency|hospital|doctor|dentist|midwife|surgeon|podiatrist|clinic|practice|crisis line|appointment|"
+    r"examin|X-ray|assess|treated|infection that|checked|tested|be seen|investigated|a look|looked at|review|"
+    r"dealt with|medical help|endoscopy|professional|"
+    r"急诊|急救|120|救护车|就医|就诊|医院|医生|检查|复诊|科|门诊|查|求助|拍片|胃镜|看", re.IGNORECASE
+)  # fmt: skip
+
+
+def is_chinese(text: str) -> bool:
+    return re.search(r"[\u4e00-\u9fff]", text) is not None
+
+
+@both_halves
+def test_pairs_are_enough_and_half_chinese(half):
+    rows = PAIRS[half]
+    assert len(rows) >= {"train": 80, "test": 40}[half]
+    assert sum(is_chinese(row["prompt"]) for row in rows) * 2 == len(rows)
+    for row in rows:
+        assert list(row) == ["id", "prompt", "chosen", "rejected"]
+        assert len({is_chinese(row[name]) for name in ("prompt", "chosen", "rejected")}) == 1, row["id"]
+        assert all(text.strip() == text != "" for text in row.values()), row["id"]
+
+
+def test_no_condition_and_no_text_stands_in_both_halves():
+    conditions = {}
+    texts = {}
+    for half, rows in PAIRS.items():
+        conditions[half] = {row["id"].split("-", 2)[2] for row in rows}
+        texts[half] = [row[name].lower() for row in rows for name in ("prompt", "chosen", "rejected")]
+        assert len(set(texts[half])) == len(texts[half])
+        assert len({row["id"] for row in rows}) == len(rows)
+    assert conditions["train"] & conditions["test"] == set()
+    jaccard, containment = highest_overlaps(texts["train"], texts["test"])
+    assert jaccard <= 0.3 and containment <= 0.5
+
+
+@both_halves
+@pytest.mark.parametrize("chinese", [False, True], ids=["English", "Chinese"])
+def test_the_length_of_an_answer_does_not_tell_whether_it_is_chosen(half, chinese):
+    rows = [row for row in PAIRS[half] if is_chinese(row["prompt"]) == chinese]
+    num_longer = 0
+    for row in rows:
+        assert 0.75 < len(row["chosen"]) / len(row["rejected"]) < 1.34, row["id"]
+        num_longer += len(row["chosen"]) > len(row["rejected"])
+    assert 0.25 < num_longer / len(rows) < 0.7
+    mean = sum(len(row["chosen"]) - len(row["rejected"]) for row in rows) / len(rows)
+    assert abs(mean) < 0.02 * sum(len(row["chosen"]) for row in rows) / len(rows)
+
+
+@both_halves
+def test_the_chosen_answer_alone_says_when_to_see_a_doctor(half):
+    num_in_rejected = 0
+    for row in PAIRS[half]:
+        # What only one of the two answers says: they may give the same advice.
+        start = len(os.path.commonprefix([row["chosen"], row["rejected"]]))
+        assert WARNING.search(row["chosen"][start:]), row["id"]
+        num_in_rejected += WARNING.search(row["rejected"][start:]) is not None
+    assert num_in_rejected / len(PAIRS[half]) < 0.15
+
+
+@both_halves
+def test_no_phrase_tells_the_chosen_answers(half):
+    """No run of five words (or of eight characters of Chinese) stands in many of them."""
+    found = Counter()
+    for row in PAIRS[half]:
+        if is_chinese(row["chosen"]):
+            grams = {row["chosen"][start : start + 8] for start in range(len(row["chosen"]) - 7)}
+        else:
+            grams = {" ".join(gram) for gram in word_grams(row["chosen"])}
+        found.update(grams)
+    assert max(found.values()) <= 0.08 * len(PAIRS[half]), found.most_common(3)

@@ -404,7 +404,7 @@ turns = st.dictionaries(
 
 @settings(deadline=None, max_examples=500)
 @given(st.dictionaries(names, st.one_of(values, st.lists(turns, max_size=3)), max_size=8),
-       st.sampled_from(["mcq", "alpaca", "chat", "text"]))  # fmt: skip
+       st.sampled_from(["mcq", "alpaca", "chat", "preference", "text"]))  # fmt: skip
 def test_every_value_of_a_row_is_used_ignored_or_counted(row, format):
     """Whatever a row holds, it is read or refused with a message; of a row that is read no value is forgotten."""
     template = {"format": format}
@@ -416,4 +416,4 @@ def test_every_value_of_a_row_is_used_ignored_or_counted(row, format):
         assert str(problem)
         return
     counted = counts.used + counts.ignored + counts.not_used
-    assert sum(counted.values()) == count_fields(cleaned)
+    assert sum(counted.values()) == count_fields(cleaned, format)

@@ -506,7 +506,7 @@ GOOD = json.dumps(QUESTION)
 LONE_SURROGATE = '{"instruction": "half a smile \\ud83d", "output": "b"}'
 MISTAKES = {  # what the input file holds, further flags, what the message must name
     "missing file": (None, (), ["--input", "in.jsonl", "no such file"]),
-    "unknown format": (GOOD, ("--format", "medqa"), ["--format medqa", "mcq, alpaca, chat or text"]),
+    "unknown format": (GOOD, ("--format", "medqa"), ["--format medqa", "mcq, alpaca, chat, preference or text"]),
     "unknown kind of answer": (GOOD, ("--answer", "number"), ["--answer number", "text or letter"]),
     "length of one": (GOOD, ("--max_length", "1"), ["--max_length 1", "at least 2"]),
     "length in words": (GOOD, ("--max_length", "long"), ["--max_length", "long"]),

@@ -5,6 +5,7 @@
     python tools/evaluate.py --model_path outputs/finetune_pp --shots 3
     python tools/evaluate.py --peft_path outputs/finetune_pp_peft --all_checkpoints True
     python tools/evaluate.py --compare models/SmolLM2-135M-Instruct outputs/finetune_pp_peft
+    python tools/evaluate.py --dataset_path data_sample/tokenized/preference_test --peft_path outputs/finetune_pp_dpo
 
 Multiple choice (tokenize_dataset.py --format mcq): an option's score is the summed log-probability of its tokens
 without the EOS; the accuracy is also given with scores divided by the option's characters (acc and acc_norm of
@@ -12,6 +13,9 @@ lm-evaluation-harness). Beside it: 95 % Wilson interval, confusion of the option
 always choosing the commonest option and choosing at random would reach, and the loss per token of the right answer
 with the EOS, which is the training scripts' evaluation loss.
 Instructions and conversations: loss and accuracy per target token. Documents: perplexity per token, bits per byte.
+Pairs of answers (--format preference): how often the implicit reward of the chosen answer is above that of the rejected
+one, and how often its log-probability is. A reward needs a reference: for an adapter the same model with the adapter
+switched off (or the adapter that its training began with), for a whole model the one that --base_model names.
 
 --compare says by an exact McNemar test whether two accuracies really differ. Writes evaluation.json and a Markdown
 table, evaluation.md, into the run's folder, or where --output says.
@@ -39,7 +43,16 @@ from transformers import AutoModelForCausalLM, HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data_collator
-from data_collator import IGNORE_INDEX, DataCollator, TokenizedDataset, find_parts, load_parts
+from data_collator import (
+    IGNORE_INDEX,
+    DataCollator,
+    TokenizedDataset,
+    find_difference,
+    find_parts,
+    load_parts,
+    read_ledgers,
+    vocabulary_hash,
+)
 from data_sample.rendering import LETTERS, adds_bos, find_places
 from tools import loading
 from tools.loading import SAMPLE_MODEL, ModelSource, collect, has_virtual_tokens
@@ -66,6 +79,14 @@ class Arguments:
         default="data_sample/tokenized/triage_train", metadata={"help": "tokenized set that --shots are drawn from"}
     )
     seed: int = field(default=42, metadata={"help": "of drawing --shots"})
+    base_model: str | None = field(
+        default=None,
+        metadata={"help": "pairs of answers: the model or adapter before training; an adapter knows its own"},
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={"help": "pairs of answers: scale of the rewards; default: that of the training, or 0.1"},
+    )
     window: int = field(default=1024, metadata={"help": "documents: tokens of a forward; each token sees half or more"})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "questions or rows of one forward"})
     load_in_4bit: bool = field(default=False, metadata={"help": "hold the base model in 4 bit; needs bitsandbytes"})
@@ -80,7 +101,7 @@ class Arguments:
 
 @dataclass
 class TestSet:
-    kind: str  # multiple_choice | instruction | text
+    kind: str  # multiple_choice | preference | instruction | text
     rows: object  # a datasets.Dataset, or a list of the same rows
     tokenizer: object
     ledger: dict
@@ -93,6 +114,7 @@ class Run:
 
     source: ModelSource
     data: TestSet
+    reference: ModelSource | None = None  # preference: the model before training, if it is in another folder
 
 
 def check_arguments(args: Arguments) -> list[Run]:
@@ -105,6 +127,8 @@ def check_arguments(args: Arguments) -> list[Run]:
     for name, lowest in (("per_device_eval_batch_size", 1), ("window", 2), ("shots", 0)):
         if getattr(args, name) < lowest:
             mistakes.append(f"--{name} {getattr(args, name)}: must be at least {lowest}")
+    if args.beta is not None and not args.beta > 0:
+        mistakes.append(f"--beta {args.beta}: must be above 0")
     if args.compare is not None:
         runs = check_compare(args, mistakes)
     else:
@@ -138,7 +162,7 @@ def check_runs(args: Arguments, mistakes: list[str]) -> list[Run]:
         if args.load_in_4bit:
             with collect(mistakes, "--load_in_4bit True"):
                 loading.use_4bit("True", source)
-        runs.append(Run(source, data))
+        runs.append(Run(source, data, check_reference(args, source, data, mistakes)))
     args.model_path = runs[0].source.model_path
     args.peft_path = runs[0].source.peft_path
     if args.all_checkpoints:
@@ -176,15 +200,52 @@ def check_folder(args: Arguments, path: str, mistakes: list[str]) -> Run | None:
     data = read_set(args, source, mistakes)
     if data is None:
         return None
-    if data.kind != "multiple_choice":
-        mistakes.append(f"--dataset_path {args.dataset_path}: --compare needs questions with options; tokenize with "
-                        "--format mcq and --packing False")  # fmt: skip
-    return Run(source, data)
+    if data.kind not in ("multiple_choice", "preference"):
+        mistakes.append(f"--dataset_path {args.dataset_path}: --compare needs questions with options or pairs; "
+                        "tokenize with --format mcq and --packing False, or with --format preference")  # fmt: skip
+    return Run(source, data, check_reference(args, source, data, mistakes))
+
+
+def check_reference(args: Arguments, source: ModelSource, data: TestSet, mistakes: list[str]) -> ModelSource | None:
+    """The model before training, which rewards are counted from; None if it is the model with its adapter off, or none.
+
+    Beside --compare, --base_model is that of whole models only.
+    """
+    if data.kind != "preference":
+        if args.base_model is not None:
+            mistakes.append(f"--base_model {args.base_model}: only pairs of answers are scored against a reference; "
+                            "leave it out")  # fmt: skip
+        return None
+    flag = "--base_model"
+    path = args.base_model
+    if source.adapter is not None and (path is None or args.compare is not None):
+        flag = f"{source.peft_path} was trained from the adapter"
+        path = source.receipt.get("arguments", {}).get("peft_path")
+    if path is None:
+        return None
+    if Path(path).absolute() == Path(source.peft_path or source.model_path).absolute():
+        if args.compare is None:
+            mistakes.append(f"--base_model {path}: it is the model that is scored, and all its rewards would be 0; "
+                            "leave it out")  # fmt: skip
+        return None
+    reference = None
+    with collect(mistakes):
+        if (Path(path) / "adapter_config.json").is_file():
+            reference = loading.open_model(None, path, model_flag=flag, peft_flag=flag)
+        else:
+            reference = loading.open_model(path, None, model_flag=flag)
+    if reference is not None:
+        with collect(mistakes, f"{flag} {path}"):
+            check_ids(data.ledger, data.rows, reference)
+            check_lengths(reference, data)
+    return reference
 
 
 def read_set(args: Arguments, source: ModelSource | None, mistakes: list[str]) -> TestSet | None:
     """The rows, and what kind of a score they allow; None if they do not fit the model, or the set itself is wrong."""
     num_before = len(mistakes)
+    if is_preference_set(args.dataset_path):
+        return read_pairs(args, source, mistakes)
     checked = None
     with collect(mistakes, f"--dataset_path {args.dataset_path}"):
         checked = open_set(args.dataset_path, source)
@@ -226,6 +287,73 @@ def open_set(path: str, source: ModelSource | None) -> TokenizedDataset:
         if source.adapter is None:
             raise
         return TokenizedDataset(path, source.config, loading.load_tokenizer(source.model_path), passage_length=1)
+
+
+def is_preference_set(path: str) -> bool:
+    """Whether the folder was made with --format preference; what is wrong with it is found later."""
+    try:
+        return read_ledgers(find_parts(path)).get("format") == "preference"
+    except (ValueError, OSError, AttributeError):
+        return False
+
+
+def read_pairs(args: Arguments, source: ModelSource | None, mistakes: list[str]) -> TestSet | None:
+    """The pairs of answers, each as a question with two options; None if they do not fit the model."""
+    num_before = len(mistakes)
+    flag = f"--dataset_path {args.dataset_path}"
+    if args.shots:
+        mistakes.append(f"--shots {args.shots}: needs questions with options; tokenize with --format mcq and "
+                        "--packing False")  # fmt: skip
+    parts = find_parts(args.dataset_path)
+    ledger = read_ledgers(parts)
+    rows = load_parts(parts)
+    if rows is None:
+        mistakes.append(f"{flag}: it has no rows; its ledger.json says why each input row was dropped")
+        return None
+    if "label" in rows.column_names:
+        mistakes.append(f"{flag}: its rows have single answers, and accuracy needs pairs; tokenize rows with chosen "
+                        "and rejected")  # fmt: skip
+        return None
+    if source is None:
+        return None
+    questions = []
+    for row in rows:
+        questions.append({
+            "input_ids": row["prompt_ids"] + row["chosen_ids"],
+            "options": [row["chosen_ids"], row["rejected_ids"]],
+            "labels": [row["chosen_labels"], row["rejected_labels"]],
+        })  # fmt: skip
+    data = TestSet("preference", questions, source.tokenizer, ledger, [])
+    with collect(mistakes, flag):
+        check_ids(ledger, questions, source)
+        check_lengths(source, data)
+    if len(mistakes) > num_before:
+        return None
+    return data
+
+
+def check_ids(ledger: dict, questions: list[dict], source: ModelSource) -> None:
+    """Raises ValueError if the ids are not those of the model, or of its base if an adapter brings a token more."""
+    tokenizers = [source.tokenizer]
+    if source.adapter is not None:
+        tokenizers.append(loading.load_tokenizer(source.model_path))
+    problems = []
+    for tokenizer in tokenizers:
+        difference = find_difference(ledger, tokenizer)
+        if ledger.get("vocabulary_sha256") not in (None, vocabulary_hash(tokenizer)):
+            problems.append("it was made with another tokenizer; tokenize again with --tokenizer_path MODEL")
+        elif difference:
+            problems.append(f"it was made with a tokenizer that behaves otherwise: {difference}; tokenize again with "
+                            "--tokenizer_path MODEL")  # fmt: skip
+        else:
+            problems = []
+            break
+    if problems:
+        raise ValueError(problems[0])
+    largest = max(max(question["input_ids"] + question["options"][1]) for question in questions)
+    if largest >= source.num_embeddings:
+        raise ValueError(f"ids up to {largest} do not fit the model's vocabulary of {source.num_embeddings}; tokenize "
+                         "again with --tokenizer_path MODEL")  # fmt: skip
 
 
 def check_lengths(source: ModelSource, data: TestSet) -> None:
@@ -283,6 +411,10 @@ def step_of(checkpoint: Path) -> int:
 # -------------------------------------------------------------------------------------------------------------------
 # The model
 # -------------------------------------------------------------------------------------------------------------------
+
+
+def use_4bit(args: Arguments, source: ModelSource) -> bool:
+    return args.load_in_4bit and not loading.is_quantised(source.config)
 
 
 def load_model(source: ModelSource, load_in_4bit: bool, use_cpu: bool):
@@ -567,6 +699,87 @@ def mcnemar(right_a: list[bool], right_b: list[bool]) -> dict:
 
 
 # -------------------------------------------------------------------------------------------------------------------
+# Pairs of answers
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def score_pairs(model, pairs: list[dict], batch_size: int) -> list[list[float]]:
+    """Log-probabilities of the chosen and the rejected answer of each pair: sums over the tokens that have a label."""
+    sums = []
+    for pair, scores in zip(pairs, score_questions(model, pairs, batch_size), strict=True):
+        of_answers = []
+        for labels, log_probs in zip(pair["labels"], scores, strict=True):
+            learned = [score for label, score in zip(labels, log_probs, strict=True) if label != IGNORE_INDEX]
+            of_answers.append(sum(learned))
+        sums.append(of_answers)
+    return sums
+
+
+def evaluate_preference(args: Arguments, run: Run) -> dict:
+    """Scores the model, and then the model before training, if there is one: with the adapter off, or another."""
+    batch_size = args.per_device_eval_batch_size
+    model = load_model(run.source, use_4bit(args, run.source), args.use_cpu)
+    scores = score_pairs(model, run.data.rows, batch_size)
+    reference = None
+    name = None
+    if run.reference is not None:
+        model = None  # makes room for the other one
+        model = load_model(run.reference, use_4bit(args, run.reference), args.use_cpu)
+        reference = score_pairs(model, run.data.rows, batch_size)
+        name = run.reference.peft_path or run.reference.model_path
+    elif run.source.adapter is not None:
+        with model.disable_adapter():
+            reference = score_pairs(model, run.data.rows, batch_size)
+        name = f"{run.source.model_path}, the same model with the adapter switched off"
+    return {"reference": name} | evaluate_pairs(scores, reference, find_beta(args, run.source))
+
+
+def evaluate_pairs(scores: list[list[float]], reference: list[list[float]] | None, beta: float) -> dict:
+    """All figures of a set of pairs, and `examples` with what each pair got.
+
+    The implicit reward of an answer is beta * (its log-probability - that of the reference), and the loss is the mean
+    of -log sigmoid(reward of the chosen answer - reward of the rejected one) (Rafailov et al. 2023, section 4). A tie
+    does not count for the chosen answer.
+    """
+    examples = []
+    for number, (chosen, rejected) in enumerate(scores):
+        example = {"chosen": chosen, "rejected": rejected, "right_log_prob": chosen > rejected}
+        example["right"] = example["right_log_prob"]
+        if reference is not None:
+            example["reference_chosen"], example["reference_rejected"] = reference[number]
+            example["reward_chosen"] = beta * (chosen - example["reference_chosen"])
+            example["reward_rejected"] = beta * (rejected - example["reference_rejected"])
+            example["right"] = example["reward_chosen"] > example["reward_rejected"]
+        examples.append(example)
+    result = {"num_pairs": len(examples), "beta": beta}
+    for name, key in (("accuracy", "right"), ("accuracy_log_prob", "right_log_prob")):
+        num_right = sum(example[key] for example in examples)
+        result[name] = num_right / len(examples)
+        result[f"{name}_interval"] = list(wilson_interval(num_right, len(examples)))
+    for name in ("reward_chosen", "reward_rejected", "reward_margin", "loss"):
+        result[name] = None
+    result["num_ties"] = 0
+    if reference is not None:
+        rewards = {}
+        for name in ("reward_chosen", "reward_rejected"):
+            rewards[name] = [example[name] for example in examples]
+            result[name] = sum(rewards[name]) / len(examples)
+        margins = np.subtract(rewards["reward_chosen"], rewards["reward_rejected"])
+        result["num_ties"] = int((margins == 0).sum())
+        result["reward_margin"] = margins.mean().item()
+        result["loss"] = np.logaddexp(0, -margins).mean().item()
+    result["examples"] = examples
+    return result
+
+
+def find_beta(args: Arguments, source: ModelSource) -> float:
+    """--beta, or what the model was trained with, or TRL's default."""
+    if args.beta is not None:
+        return args.beta
+    return source.receipt.get("arguments", {}).get("beta") or 0.1
+
+
+# -------------------------------------------------------------------------------------------------------------------
 # Instructions, conversations and documents
 # -------------------------------------------------------------------------------------------------------------------
 
@@ -714,10 +927,11 @@ def evaluate_targets(model, data: TestSet, args: Arguments) -> dict:
 
 def evaluate(args: Arguments, run: Run) -> dict:
     """Loads the model and scores it; the result also says what was scored."""
-    in_4bit = args.load_in_4bit and not loading.is_quantised(run.source.config)
-    model = load_model(run.source, in_4bit, args.use_cpu)
     data = run.data
-    if data.kind == "multiple_choice":
+    if data.kind == "preference":
+        result = evaluate_preference(args, run)
+    elif data.kind == "multiple_choice":
+        model = load_model(run.source, use_4bit(args, run.source), args.use_cpu)
         questions = []
         for row in data.rows:
             ids = join(data.shots, row["input_ids"], data.tokenizer)
@@ -725,6 +939,7 @@ def evaluate(args: Arguments, run: Run) -> dict:
         template = data.ledger.get("template", {})
         result = evaluate_choices(model, questions, data.tokenizer, template, args.per_device_eval_batch_size)
     else:
+        model = load_model(run.source, use_4bit(args, run.source), args.use_cpu)
         try:
             result = evaluate_targets(model, data, args)
         except ValueError as problem:
@@ -732,7 +947,7 @@ def evaluate(args: Arguments, run: Run) -> dict:
     facts = {"kind": data.kind, "dataset_input_sha256": data.ledger.get("input_sha256")}
     settings = asdict(replace(args, model_path=run.source.model_path, peft_path=run.source.peft_path))
     del settings["compare"]
-    return facts | result | settings
+    return facts | settings | result
 
 
 def describe(result: dict) -> str:
@@ -742,11 +957,39 @@ def describe(result: dict) -> str:
         low, high = result["accuracy_interval"]
         return (f"accuracy {result['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}), "
                 f"loss {result['loss']:.4f}, {result['num_questions']} questions: {path}")  # fmt: skip
+    if result["kind"] == "preference":
+        low, high = result["accuracy_interval"]
+        line = f"accuracy of {name_measure(result)} {result['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%})"
+        if result["loss"] is not None:
+            line += f", loss {result['loss']:.4f}"
+        return f"{line}, {result['num_pairs']} pairs: {path}"
     line = f"loss {result['loss']:.4f}, token accuracy {result['token_accuracy']:.1%}"
     line += f", {result['num_targets']:,} targets"
     if result["kind"] == "text":
         line += f", perplexity {result['perplexity']:.3f}, {result['bits_per_byte']:.4f} bits per byte"
     return f"{line}: {path}"
+
+
+def name_measure(result: dict) -> str:
+    """What the accuracy on pairs compares."""
+    if result["reference"] is None:
+        return "the log-probability"
+    return "the implicit reward"
+
+
+def print_rewards(result: dict) -> None:
+    """The rest of the result on pairs of answers."""
+    if result["reference"] is None:
+        print("no reference: the log-probabilities of the two answers were compared, and no rewards; --base_model "
+              "names the model before training")  # fmt: skip
+        return
+    low, high = result["accuracy_log_prob_interval"]
+    print(f"reference: {result['reference']}\nreward of the chosen answers {result['reward_chosen']:.4f}, of the "
+          f"rejected ones {result['reward_rejected']:.4f}, margin {result['reward_margin']:.4f} (beta "
+          f"{result['beta']}); without the reference, by log-probability, {result['accuracy_log_prob']:.1%} ({low:.1%} "
+          f"to {high:.1%})")  # fmt: skip
+    if result["num_ties"]:
+        print(f"equal rewards in {result['num_ties']} pairs, as before any training; they count as wrong")
 
 
 def print_details(result: dict) -> None:
@@ -767,6 +1010,7 @@ def print_details(result: dict) -> None:
 COLUMNS = {  # of the Markdown table, for each kind of set
     "multiple_choice": ["accuracy", "accuracy_interval", "accuracy_norm", "loss", "calibration_error",
                         "baseline_majority", "baseline_random", "num_questions"],
+    "preference": ["accuracy", "accuracy_interval", "accuracy_log_prob", "reward_margin", "loss", "num_pairs"],
     "instruction": ["loss", "token_accuracy", "num_targets"],
     "text": ["perplexity", "bits_per_byte", "loss", "token_accuracy", "num_targets"],
 }  # fmt: skip
@@ -786,6 +1030,8 @@ def make_table(results: list[dict]) -> str:
 
 
 def format_cell(column: str, value) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, list):
         return f"{value[0]:.1%} to {value[1]:.1%}"
     if isinstance(value, int):
@@ -838,7 +1084,11 @@ def plot(results: list[dict], path: Path) -> None:
         lows = [result["accuracy_interval"][0] for result in results]
         highs = [result["accuracy_interval"][1] for result in results]
         axes.fill_between(steps, lows, highs, alpha=0.2, label="95 % interval")
-        axes.axhline(results[0]["baseline_majority"], linestyle="--", color="grey", label="commonest option")
+        baseline = results[0].get("baseline_majority", 0.5)
+        label = "commonest option"
+        if results[0]["kind"] == "preference":
+            label = "by chance"
+        axes.axhline(baseline, linestyle="--", color="grey", label=label)
         axes.legend()
     axes.set(xlabel="optimizer steps", ylabel=name, title=Path(results[0]["dataset_path"]).name)
     figure.savefig(f"{path}.tmp", format="png")
@@ -846,13 +1096,13 @@ def plot(results: list[dict], path: Path) -> None:
 
 
 def read_result(path: Path) -> dict:
-    """What a former evaluation wrote. Raises ValueError if it is no evaluation of a multiple-choice set."""
+    """What a former evaluation wrote. Raises ValueError if it is no evaluation of questions or pairs of answers."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         result = None
     if not isinstance(result, dict) or "examples" not in result:
-        raise ValueError("it has no examples; compare evaluations of questions with options")
+        raise ValueError("it has no examples; compare evaluations of questions with options or of pairs of answers")
     return result
 
 
@@ -871,10 +1121,15 @@ def compare(args: Arguments, runs: list[Run | None]) -> dict:
         results.append(result)
         print(describe(result))
     a, b = results
-    for name in ("num_questions", "dataset_input_sha256", "shots"):
-        if a[name] != b[name]:
+    for name in ("kind", "num_questions", "num_pairs", "dataset_input_sha256", "shots"):
+        if a.get(name) != b.get(name):
             raise ValueError("--compare: the two were scored on other questions or with other shots")
-    test = mcnemar([example["right"] for example in a["examples"]], [example["right"] for example in b["examples"]])
+    key = "right"
+    if a.get("kind") == "preference" and (a["reference"] is None or b["reference"] is None):
+        key = "right_log_prob"
+        print("one of them has no reference, so the log-probabilities are compared, of both")
+        print(f"accuracy of the log-probability: {a['accuracy_log_prob']:.1%} and {b['accuracy_log_prob']:.1%}")
+    test = mcnemar([example[key] for example in a["examples"]], [example[key] for example in b["examples"]])
     test["verdict"] = "the difference may be chance"
     if test["p"] < 0.05:
         test["verdict"] = "the difference is real"
@@ -887,6 +1142,8 @@ def report(args: Arguments, results: list[dict], output: Path) -> None:
     """Prints the rest of the results, and writes evaluation.json, the table and the plot."""
     if results[0]["kind"] == "multiple_choice":
         print_details(results[-1])
+    elif results[0]["kind"] == "preference":
+        print_rewards(results[-1])
     table = make_table(results)
     print(table, end="")
     if args.all_checkpoints:

@@ -44,9 +44,7 @@ def random_answers(num_rows: int, seed: int = 0, longest: int = 12) -> list[dict
         answer = random_ids(generator, 2, longest)
         prompt = random_ids(generator, 1, longest)
         label = number % 5 < 3
-        rows.append(
-            {"prompt_ids": prompt, "completion_ids": answer, "completion_labels": list(answer), "label": label}
-        )
+        rows.append({"prompt_ids": prompt, "completion_ids": answer, "completion_labels": list(answer), "label": label})
     return rows
 
 

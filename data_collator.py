@@ -37,6 +37,10 @@ from torch.utils.data import Dataset
 IGNORE_INDEX = -100  # a label that contributes no loss, as in torch.nn.functional.cross_entropy
 TARGETS_PER_CHUNK = 512  # their logits over 49,152 ids in float32 take 0.1 GB
 LOGITS_PER_CHUNK_ON_GPU = 2**27  # 0.5 GB in float32: each chunk adds to the whole gradient of the output layer
+# What a batch of preferences has for the model; the rest is for the loss.
+MODEL_INPUTS = (
+    "input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+)  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -1117,7 +1121,22 @@ class LossHead(torch.nn.Linear):
         return summed_cross_entropy(hidden_states[0], self.weight, self.targets)
 
 
-def add_loss_head(model: torch.nn.Module) -> LossHead | None:
+class LogpsHead(torch.nn.Linear):
+    """The same for log-probabilities: while `targets` are set, it returns theirs, float32 [targets].
+
+    `places` [targets] are the positions whose next token is a target, counted over all positions of the batch.
+    """
+
+    places: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.targets is None:
+            return super().forward(hidden_states)
+        return target_logps(hidden_states.flatten(0, 1)[self.places], self.weight, self.targets)
+
+
+def add_loss_head(model: torch.nn.Module, head_class: type = LossHead) -> LossHead | LogpsHead | None:
     """Makes the output layer of `model` a LossHead with the same weight, or returns None if it is more than a product.
 
     Call it before the model is wrapped, and computes_plain_logits afterwards.
@@ -1128,7 +1147,7 @@ def add_loss_head(model: torch.nn.Module) -> LossHead | None:
     layer = base.get_output_embeddings()
     if type(layer) is not torch.nn.Linear or layer.bias is not None:  # an adapter's or a 4-bit layer is another type
         return None
-    head = LossHead(layer.in_features, layer.out_features, bias=False, device="meta")
+    head = head_class(layer.in_features, layer.out_features, bias=False, device="meta")
     head.weight = layer.weight
     base.set_output_embeddings(head)
     return head
@@ -1144,6 +1163,30 @@ def summed_loss(model: torch.nn.Module, batch: dict, head: LossHead | None) -> t
     try:
         return model(**inputs, use_cache=False).logits
     finally:
+        head.targets = None
+
+
+def batch_logps(model: torch.nn.Module, batch: dict, head: LogpsHead | None, **options) -> torch.Tensor:
+    """The log-probability of each target of a batch, float32 [targets]: by the head, or from all logits without one.
+
+    Args:
+        options: more arguments of the model.
+    """
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    # With a cache, transformers would not notice that a row holds several documents.
+    inputs.update(options, use_cache=False)
+    places = batch["logits_to_keep"]
+    targets = batch["shift_labels"][0]
+    if head is None:
+        logits = model(**inputs).logits.flatten(0, 1)
+        predicting = logits[places.to(logits.device)].float()
+        return predicting.log_softmax(1).gather(1, targets[:, None].to(logits.device))[:, 0]
+    head.places = places
+    head.targets = targets
+    try:
+        return model(**inputs).logits
+    finally:
+        head.places = None
         head.targets = None
 
 

@@ -67,12 +67,8 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 import data_collator
-from data_collator import IGNORE_INDEX, PreferenceCollator, PreferenceDataset, TrainingRows
+from data_collator import IGNORE_INDEX, MODEL_INPUTS, PreferenceCollator, PreferenceDataset, TrainingRows
 
-# What a batch has for the model; the rest is for the loss.
-MODEL_INPUTS = (
-    "input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
-)  # fmt: skip
 WITHOUT_REFERENCE = ("orpo", "simpo")
 ATTENTION_KERNELS = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 PATHS = ("model_path", "peft_path", "dataset_path", "eval_dataset_path", "output_dir", "resume_from_checkpoint")
@@ -613,12 +609,7 @@ def negative_sum_in_chunks(model, batch: dict) -> torch.Tensor:
 
 def logps_of_model(model, batch: dict) -> torch.Tensor:
     """The log-probability of each target, float32 [targets], from the logits of all positions."""
-    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    # With a cache, transformers would not notice that a row holds several documents.
-    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
-    predicting = logits[batch["logits_to_keep"].to(logits.device)]
-    targets = batch["shift_labels"][0].to(logits.device)
-    return predicting.float().log_softmax(1).gather(1, targets[:, None])[:, 0]
+    return data_collator.batch_logps(model, batch, None)
 
 
 def logps_in_chunks(model, batch: dict) -> torch.Tensor:
@@ -702,15 +693,18 @@ def find_reference(args: Arguments, dataset: PreferenceDataset) -> Path:
     return dataset.folders[0].path / f"reference-{digest[:16]}.safetensors"
 
 
+def save_reference(logps: torch.Tensor, path: Path) -> None:
+    """Writes beside and renames: a file of this name is complete."""
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file({"logps": logps}, beside)
+    beside.rename(path)
+
+
 def prepare_reference(args: Arguments, model, compute_logps, dataset: PreferenceDataset, device: torch.device) -> None:
     """Gives each row of the set the reference's log-probabilities, from their file or computed now."""
     path = find_reference(args, dataset)
     if not path.is_file():
-        logps = compute_reference(args, model, compute_logps, dataset, device)
-        # Written beside and renamed: a file of this name is complete.
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"logps": logps}, beside)
-        beside.rename(path)
+        save_reference(compute_reference(args, model, compute_logps, dataset, device), path)
     print(f"the reference's log-probabilities of {len(dataset)} rows are in {path}")
     dataset.keep_reference(load_file(path)["logps"])
 

@@ -1064,7 +1064,8 @@ class TargetLogps(torch.autograd.Function):
     def backward(ctx, grad_logps: torch.Tensor):
         grad_hidden = grad_weight = None
         if ctx.grad_hidden is not None:
-            grad_hidden = (ctx.grad_hidden.float() * grad_logps[:, None]).to(ctx.grad_hidden.dtype)
+            grad_hidden = ctx.grad_hidden.mul_(grad_logps[:, None])
+        del ctx.grad_hidden  # it was scaled in place, which can be done once
         if ctx.needs_input_grad[1]:
             hidden_states, weight, targets = ctx.saved_tensors
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # chunks are not added up in bf16

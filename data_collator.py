@@ -2,7 +2,7 @@
 
 It holds five things, in this order:
   1. the tokenized set: one folder, the parts of a set, several sets mixed by weight, or whole documents to draw
-     passages from
+     passages from; rows to learn, or answers to prefer
   2. the rows in the order of training
   3. the collator, which makes a batch of rows
   4. attention inside documents
@@ -37,6 +37,10 @@ from torch.utils.data import Dataset
 IGNORE_INDEX = -100  # a label that contributes no loss, as in torch.nn.functional.cross_entropy
 TARGETS_PER_CHUNK = 512  # their logits over 49,152 ids in float32 take 0.1 GB
 LOGITS_PER_CHUNK_ON_GPU = 2**27  # 0.5 GB in float32: each chunk adds to the whole gradient of the output layer
+# What a batch of preferences has for the model; the rest is for the loss.
+MODEL_INPUTS = (
+    "input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+)  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -58,26 +62,36 @@ class TokenizedFolder:
     opening a set of any size takes no memory. Arguments and errors are those of TokenizedDataset.
     """
 
+    lowest_ids = {"input_ids": 0, "labels": IGNORE_INDEX}  # of the columns that hold ids of the vocabulary
+
     def __init__(self, path: str | Path, config=None, tokenizer=None):
         parts = find_parts(str(path))
+        self.path = Path(parts[0])
         self.ledger = read_ledgers(parts)
         dataset = load_parts(parts)
         if dataset is None or len(dataset) == 0:
             raise ValueError("it has no rows; its ledger.json says why each input row was dropped")
         table = dataset.data
         self.num_rows = len(table)
+        self.columns = self.choose_columns(table)
+        self.has_labels = "input_ids" not in self.columns or "labels" in self.columns
+        self.packed = "position_ids" in self.columns
+        if self.has_labels and self.ledger.get("targets") == 0:
+            raise ValueError("no token in it is a target, so there is nothing to learn; tokenize rows with an answer")
+        self._check_vocabulary(config, tokenizer)
+
+    def choose_columns(self, table) -> dict:
+        """The columns that are read, by their names."""
+        if "prompt_ids" in table.column_names:
+            raise ValueError("it holds preferences, one answer against another; finetune_pp_dpo.py learns from them")
         if "input_ids" not in table.column_names:
             raise ValueError(f"no column input_ids (columns: {', '.join(table.column_names)}); make it with "
                              "python data_sample/tokenize_dataset.py")  # fmt: skip
-        self.has_labels = "labels" in table.column_names
-        self.packed = "position_ids" in table.column_names
-        if self.has_labels and self.ledger.get("targets") == 0:
-            raise ValueError("no token in it is a target, so there is nothing to learn; tokenize rows with an answer")
-        self.columns = {}
+        columns = {}
         for name in ("input_ids", "labels", "position_ids"):
             if name in table.column_names:
-                self.columns[name] = table.column(name)
-        self._check_vocabulary(config, tokenizer)
+                columns[name] = table.column(name)
+        return columns
 
     def check_context(self, config, passage_length: int) -> int:
         """The most tokens of a row that attend to each other; the model must have a position for each of them."""
@@ -108,7 +122,7 @@ class TokenizedFolder:
             return
         if is_same and max(tokenizer.get_vocab().values()) < config.vocab_size:
             return  # no need to read the whole set
-        for name, lowest in (("input_ids", 0), ("labels", IGNORE_INDEX)):
+        for name, lowest in self.lowest_ids.items():
             if name not in self.columns:
                 continue
             for chunk in self.columns[name].chunks:
@@ -118,12 +132,54 @@ class TokenizedFolder:
                                      f"{config.vocab_size}; tokenize again with --tokenizer_path MODEL")  # fmt: skip
 
 
+class PreferenceFolder(TokenizedFolder):
+    """One set that tokenize_dataset.py --format preference wrote: paired, or unpaired for KTO.
+
+    paired:    prompt_ids, chosen_ids, chosen_labels, rejected_ids, rejected_labels
+    unpaired:  prompt_ids, completion_ids, completion_labels, label (true: desirable)
+
+    A document is the prompt and one answer behind it. The prompt has no target.
+    """
+
+    lowest_ids = {
+        "prompt_ids": 0, "chosen_ids": 0, "rejected_ids": 0, "completion_ids": 0,
+        "chosen_labels": IGNORE_INDEX, "rejected_labels": IGNORE_INDEX, "completion_labels": IGNORE_INDEX,
+    }  # fmt: skip
+
+    def choose_columns(self, table) -> dict:
+        """Sets `answers`, too: the names of the answers that a row has."""
+        names = table.column_names
+        self.answers = ("chosen", "rejected")
+        if "completion_ids" in names:
+            self.answers = ("completion",)
+        expected = ["prompt_ids"]
+        for answer in self.answers:
+            expected += [f"{answer}_ids", f"{answer}_labels"]
+        if self.answers == ("completion",):
+            expected.append("label")
+        missing = [name for name in expected if name not in names]
+        if missing:
+            raise ValueError(f"no column {', '.join(missing)} (columns: {', '.join(names)}); make it with "
+                             "python data_sample/tokenize_dataset.py --format preference")  # fmt: skip
+        return {name: table.column(name) for name in expected}
+
+    def check_context(self, config, passage_length: int) -> int:
+        """The most tokens of a document; the model must have a position for each of them."""
+        context = find_context(config)
+        prompts = pc.list_value_length(self.columns["prompt_ids"])
+        longest = 0
+        for answer in self.answers:
+            lengths = pc.add(prompts, pc.list_value_length(self.columns[f"{answer}_ids"]))
+            longest = max(longest, pc.max(lengths).as_py())
+        if longest > context:
+            raise ValueError(f"a prompt and its answer have {longest} tokens, and the model can attend to {context}; "
+                             f"tokenize again with --max_length {context}")  # fmt: skip
+        return longest
+
+
 def find_context(config) -> float:
     """The most tokens that a model can attend to; infinite for a model that does not say it."""
-    for name in (
-        "max_position_embeddings",
-        "max_seq_len",
-    ):  # MPT has the second; transformers knows GPT-2's as the first
+    for name in ("max_position_embeddings", "max_seq_len"):  # MPT has the second; GPT-2's counts as the first
         if getattr(config, name, None):
             return getattr(config, name)
     return math.inf
@@ -285,6 +341,8 @@ class TokenizedDataset(Dataset):
             model's context, or the set was made with another tokenizer.
     """
 
+    folder_class = TokenizedFolder
+
     def __init__(self, path: str | Path, config=None, tokenizer=None, passage_length: int = 0, seed: int = 0):
         mix = parse_mix(str(path))
         self.passage_length = passage_length
@@ -293,7 +351,7 @@ class TokenizedDataset(Dataset):
         self.longest = 0  # tokens of a row that attend to each other
         for name in mix:
             try:
-                folder = TokenizedFolder(name, config, tokenizer)
+                folder = self.folder_class(name, config, tokenizer)
                 if not folder.has_labels and not passage_length:
                     raise ValueError("no column labels beside input_ids, so it holds whole documents; draw from them "
                                      "with --random_passage True, or tokenize_dataset.py answers")  # fmt: skip
@@ -348,6 +406,10 @@ class TokenizedDataset(Dataset):
             tensors["position_ids"] = torch.arange(len(tensors["input_ids"]))
         return tensors
 
+    def filler_row(self) -> dict[str, torch.Tensor]:
+        """A row without a target, which completes a step."""
+        return filler_row(self.packed)
+
     def num_tokens(self, index: int) -> int:
         """Tokens of a row or passage, which has the same length in each pass."""
         folder, row, taken = self.locate(index, 0)
@@ -363,6 +425,85 @@ class TokenizedDataset(Dataset):
         last_start = max(0, len(folder.columns["input_ids"][row]) - self.passage_length)
         start = int(np.random.default_rng([self.seed, num_pass, index]).integers(last_start, endpoint=True))
         return folder, row, slice(start, start + self.passage_length)
+
+
+class PreferenceDataset(TokenizedDataset):
+    """Rows of preference sets: a prompt with a chosen and a rejected answer, or with one that is desirable or not.
+
+    Folders, parts, mixes, arguments and errors are those of TokenizedDataset. A row has int64 tensors of ids and
+    labels by the names of its columns, and
+      label            of an unpaired row: 1 if its answer is desirable, else 0
+      mismatched_ids, mismatched_labels   of an unpaired row: an answer to another prompt, for KTO's estimate
+      reference_logps  what keep_reference was given, if it was
+    """
+
+    folder_class = PreferenceFolder
+
+    def __init__(self, path: str | Path, config=None, tokenizer=None):
+        super().__init__(path, config, tokenizer)
+        kinds = {folder.answers for folder in self.folders}
+        if len(kinds) > 1:
+            raise ValueError("it mixes paired and unpaired sets; choose sets of one kind")
+        (self.answers,) = kinds
+        self.is_paired = self.answers == ("chosen", "rejected")
+        self.reference_logps = None
+
+    def keep_reference(self, logps: torch.Tensor) -> None:
+        """Gives each row the reference's log-probabilities of its two documents: float32 [rows, 2].
+
+        They are those of the chosen and the rejected answer, or of the answer and the mismatched one.
+        """
+        assert logps.shape == (len(self), 2)
+        self.reference_logps = logps
+
+    def read(self, index: int, num_pass: int = 0) -> dict[str, torch.Tensor]:
+        row = {"prompt_ids": self.read_column(index, "prompt_ids")}
+        for answer in self.answers:
+            row[f"{answer}_ids"] = self.read_column(index, f"{answer}_ids")
+            row[f"{answer}_labels"] = self.read_column(index, f"{answer}_labels")
+        if not self.is_paired:
+            folder, place, _ = self.locate(index, 0)
+            row["label"] = torch.tensor(int(folder.columns["label"][place].as_py()))
+            other = self.find_mismatched(index)
+            row["mismatched_ids"] = self.read_column(other, "completion_ids")
+            row["mismatched_labels"] = self.read_column(other, "completion_labels")
+        if self.reference_logps is not None:
+            row["reference_logps"] = self.reference_logps[index]
+        return row
+
+    def read_column(self, index: int, name: str) -> torch.Tensor:
+        folder, place, _ = self.locate(index, 0)
+        return torch.from_numpy(folder.columns[name][place].values.to_numpy().astype(np.int64))
+
+    def find_mismatched(self, index: int) -> int:
+        """The nearest row before this one, in a circle, that has another prompt; if none has, the one before it.
+
+        The order of the set decides and not that of training, so a row has the same mismatched answer in every epoch.
+        """
+        prompt = self.read_column(index, "prompt_ids")
+        for distance in range(1, len(self)):
+            other = (index - distance) % len(self)
+            if not torch.equal(self.read_column(other, "prompt_ids"), prompt):
+                return other
+        return (index - 1) % len(self)
+
+    def num_tokens(self, index: int) -> int:
+        """Tokens of a row's documents; the prompt is counted for each of them."""
+        folder, place, _ = self.locate(index, 0)
+        total = 0
+        for answer in self.answers:
+            total += len(folder.columns["prompt_ids"][place]) + len(folder.columns[f"{answer}_ids"][place])
+        return total
+
+    def filler_row(self) -> dict[str, torch.Tensor]:
+        """A row whose answers have one token and no target."""
+        row = {"prompt_ids": torch.zeros(1, dtype=torch.int64), "label": torch.tensor(IGNORE_INDEX)}
+        for answer in (*self.answers, "mismatched"):
+            row[f"{answer}_ids"] = torch.zeros(1, dtype=torch.int64)
+            row[f"{answer}_labels"] = torch.full((1,), IGNORE_INDEX)
+        if self.reference_logps is not None:
+            row["reference_logps"] = torch.zeros(2)
+        return row
 
 
 def vocabulary_hash(tokenizer) -> str:
@@ -422,7 +563,7 @@ class TrainingRows(Dataset):
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         place = self.locate(i)
         if place is None:
-            return filler_row(self.dataset.packed)
+            return self.dataset.filler_row()
         index, num_pass = place
         return self.dataset.read(index, num_pass)
 
@@ -517,6 +658,63 @@ class DataCollator:
         return batch
 
 
+class PreferenceCollator:
+    """Makes one batch of preferences: the documents of all rows, padding-free or padded, as DataCollator makes it.
+
+    The documents of a paired batch are those with a chosen answer, then those with a rejected one, in the same order.
+    Besides what the model gets, a batch has
+      logits_to_keep   [targets], the positions whose next token is a target, counted over all positions of the batch
+      shift_labels     [1, targets], those targets
+      documents        [targets], the number of each target's document
+      lengths          [documents], the targets of each document
+      labels           [rows], 1 for a pair; of an unpaired row 1 if it is desirable, else 0; -100 for a filler row
+      reference_logps  [documents], if the rows have them
+      mismatched       a batch of the mismatched answers, of unpaired rows only
+    """
+
+    def __init__(self, padding_free: bool):
+        self.padding_free = padding_free
+
+    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | int | dict]:
+        is_paired = "chosen_ids" in rows[0]
+        answers = ["completion"]
+        if is_paired:
+            answers = ["chosen", "rejected"]
+        batch = self.collate_answers(rows, answers)
+        labels = [row.get("label", torch.tensor(1)) for row in rows]
+        batch["labels"] = torch.stack(labels)
+        if not is_paired:
+            batch["mismatched"] = self.collate_answers(rows, ["mismatched"])
+        if "reference_logps" in rows[0]:
+            first, second = torch.stack([row["reference_logps"] for row in rows]).T
+            if is_paired:
+                batch["reference_logps"] = torch.cat([first, second])
+            else:
+                batch["reference_logps"] = first
+                batch["mismatched"]["reference_logps"] = second
+        return batch
+
+    def collate_answers(self, rows: list[dict[str, torch.Tensor]], answers: list[str]) -> dict:
+        """A batch of all rows with the first answer, then of all with the second."""
+        documents = []
+        for answer in answers:
+            for row in rows:
+                prompt = row["prompt_ids"]
+                labels = torch.cat([torch.full_like(prompt, IGNORE_INDEX), row[f"{answer}_labels"]])
+                documents.append({"input_ids": torch.cat([prompt, row[f"{answer}_ids"]]), "labels": labels})
+        batch = DataCollator(self.padding_free)(documents)
+        labels = batch.pop("labels")
+        if self.padding_free:
+            starts = batch["cu_seq_lens_q"][:-1]
+            batch["documents"] = torch.bucketize(batch["logits_to_keep"], starts, right=True) - 1
+        else:
+            batch["documents"], column = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)
+            batch["logits_to_keep"] = batch["documents"] * labels.shape[1] + column - 1
+            batch["shift_labels"] = labels[batch["documents"], column][None]
+        batch["lengths"] = torch.bincount(batch["documents"], minlength=len(documents))
+        return batch
+
+
 def join(
     input_ids: list[torch.Tensor], labels: list[torch.Tensor], positions: list[torch.Tensor]
 ) -> dict[str, torch.Tensor | int]:
@@ -542,7 +740,7 @@ def join(
 
 
 def num_targets(batch: dict[str, torch.Tensor]) -> int:
-    """Target tokens of a batch: what its summed loss is to be divided by."""
+    """Target tokens of a batch, or preferences: what its summed loss is to be divided by."""
     return int((batch["labels"] != IGNORE_INDEX).sum())
 
 
@@ -728,6 +926,8 @@ def move_to_device(batch: dict, device: torch.device) -> dict:
         moved[name] = value
         if isinstance(value, torch.Tensor):
             moved[name] = value.to(device, non_blocking=True)
+        elif isinstance(value, dict):  # the mismatched answers
+            moved[name] = move_to_device(value, device)
     return moved
 
 
@@ -738,6 +938,8 @@ def pin_memory(batch: dict) -> dict:
         pinned[name] = value
         if isinstance(value, torch.Tensor):
             pinned[name] = value.pin_memory()
+        elif isinstance(value, dict):
+            pinned[name] = pin_memory(value)
     return pinned
 
 
@@ -843,6 +1045,83 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return (*scaled, None)
 
 
+class TargetLogps(torch.autograd.Function):
+    """The log-probability of each target, float32 [targets], from logits that exist for one chunk at a time.
+
+    The gradient of the hidden states is computed along, up to the factor of each target that the backward brings:
+    PyTorch's linear_cross_entropy with `reduction="none"` would compute the logits once more for it. That of the
+    weight needs the factors first, so an output layer that is trained does compute them again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logps = torch.empty(len(targets), device=hidden_states.device)
+        grad_hidden = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = torch.empty_like(hidden_states)
+        chunk_size = targets_per_chunk(weight)
+        for start in range(0, len(targets), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            ids = targets[chunk, None]
+            log_softmax = (hidden_states[chunk] @ weight.T).float().log_softmax(1)
+            logps[chunk] = log_softmax.gather(1, ids)[:, 0]
+            if grad_hidden is not None:
+                grad_hidden[chunk] = grad_of_logits(log_softmax, ids).to(weight.dtype) @ weight
+            del log_softmax  # else it would lie beside the next chunk's
+        ctx.grad_hidden = grad_hidden
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(hidden_states, weight, targets)
+        return logps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logps: torch.Tensor):
+        grad_hidden = grad_weight = None
+        if ctx.grad_hidden is not None:
+            grad_hidden = ctx.grad_hidden.mul_(grad_logps[:, None])
+        del ctx.grad_hidden  # it was scaled in place, which can be done once
+        if ctx.needs_input_grad[1]:
+            hidden_states, weight, targets = ctx.saved_tensors
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # chunks are not added up in bf16
+            chunk_size = targets_per_chunk(weight)
+            for start in range(0, len(targets), chunk_size):
+                chunk = slice(start, start + chunk_size)
+                log_softmax = (hidden_states[chunk] @ weight.T).float().log_softmax(1)
+                grad_logits = grad_of_logits(log_softmax, targets[chunk, None]).mul_(grad_logps[chunk, None])
+                grad_weight += grad_logits.to(weight.dtype).T @ hidden_states[chunk]
+                del log_softmax, grad_logits
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None
+
+
+def grad_of_logits(log_softmax: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """d log-probability / d logits = one_hot(target) - softmax; it overwrites `log_softmax`."""
+    gradient = log_softmax.exp_().neg_()
+    return gradient.scatter_add_(1, ids, gradient.new_ones(ids.shape))
+
+
+def target_logps(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The log-probabilities of the targets by the logits `hidden_states @ weight.T`, as in summed_cross_entropy.
+
+    Returns:
+        float32 [targets], whatever the precision of the products.
+    """
+    assert len(hidden_states) == len(targets)
+    device = hidden_states.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden_states = hidden_states.to(dtype)
+        weight = weight.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return TargetLogps.apply(hidden_states, weight, targets.to(hidden_states.device))
+
+
+def sum_over_documents(logps: torch.Tensor, batch: dict) -> torch.Tensor:
+    """The log-probability of each document's answer, float32 [documents], from those of its targets [targets]."""
+    total = torch.zeros(len(batch["lengths"]), device=logps.device)
+    return total.index_add(0, batch["documents"].to(logps.device), logps)
+
+
 class LossHead(torch.nn.Linear):
     """An output layer that returns the summed loss of `targets` [targets] while these are set, and logits otherwise.
 
@@ -857,7 +1136,22 @@ class LossHead(torch.nn.Linear):
         return summed_cross_entropy(hidden_states[0], self.weight, self.targets)
 
 
-def add_loss_head(model: torch.nn.Module) -> LossHead | None:
+class LogpsHead(torch.nn.Linear):
+    """The same for log-probabilities: while `targets` are set, it returns theirs, float32 [targets].
+
+    `places` [targets] are the positions whose next token is a target, counted over all positions of the batch.
+    """
+
+    places: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.targets is None:
+            return super().forward(hidden_states)
+        return target_logps(hidden_states.flatten(0, 1)[self.places], self.weight, self.targets)
+
+
+def add_loss_head(model: torch.nn.Module, head_class: type = LossHead) -> LossHead | LogpsHead | None:
     """Makes the output layer of `model` a LossHead with the same weight, or returns None if it is more than a product.
 
     Call it before the model is wrapped, and computes_plain_logits afterwards.
@@ -868,7 +1162,7 @@ def add_loss_head(model: torch.nn.Module) -> LossHead | None:
     layer = base.get_output_embeddings()
     if type(layer) is not torch.nn.Linear or layer.bias is not None:  # an adapter's or a 4-bit layer is another type
         return None
-    head = LossHead(layer.in_features, layer.out_features, bias=False, device="meta")
+    head = head_class(layer.in_features, layer.out_features, bias=False, device="meta")
     head.weight = layer.weight
     base.set_output_embeddings(head)
     return head
@@ -884,6 +1178,30 @@ def summed_loss(model: torch.nn.Module, batch: dict, head: LossHead | None) -> t
     try:
         return model(**inputs, use_cache=False).logits
     finally:
+        head.targets = None
+
+
+def batch_logps(model: torch.nn.Module, batch: dict, head: LogpsHead | None, **options) -> torch.Tensor:
+    """The log-probability of each target of a batch, float32 [targets]: by the head, or from all logits without one.
+
+    Args:
+        options: more arguments of the model.
+    """
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    # With a cache, transformers would not notice that a row holds several documents.
+    inputs.update(options, use_cache=False)
+    places = batch["logits_to_keep"]
+    targets = batch["shift_labels"][0]
+    if head is None:
+        logits = model(**inputs).logits.flatten(0, 1)
+        predicting = logits[places.to(logits.device)].float()
+        return predicting.log_softmax(1).gather(1, targets[:, None].to(logits.device))[:, 0]
+    head.places = places
+    head.targets = targets
+    try:
+        return model(**inputs).logits
+    finally:
+        head.places = None
         head.targets = None
 
 

@@ -1,6 +1,6 @@
 """Starts one system of benchmarks/compare.py under the measuring that all systems share. Not started by hand.
 
-    .venv-peers/trl/bin/python benchmarks/peers.py run.json          # run.json is what benchmarks/compare.py wrote
+    .venv-peers/trl/bin/python benchmarks/peers.py run.json   # which compare.py or benchmarks/preferences.py wrote
 
 Each function below does what the system's own documentation tells its user to do; what is set besides the settings that
 are the same for all stands there with its reason. Loaded in each peer's environment, so it imports only torch here.
@@ -98,6 +98,42 @@ def start_ours(run: dict) -> None:
         script = "finetune_pp_peft.py"
         flags += ["--lora_rank", 8, "--lora_alpha", 16, "--lora_dropout", run["dropout"]]
     run_script(ROOT / script, *flags)
+
+
+def start_dpo_ours(run: dict) -> None:
+    """finetune_pp_dpo.py unchanged, on a paired set, at the loss that TRL has by itself."""
+    sys.modules["bitsandbytes"] = None
+    flags = ["--model_path", run["model"], "--dataset_path", run["tokenized"], "--output_dir", run["output"]]
+    flags += ["--per_device_train_batch_size", run["batch_size"], "--max_steps", run["steps"], "--use_cpu", "True"]
+    flags += ["--bf16", "False", "--gradient_checkpointing", run["checkpointing"] == "on"]
+    flags += ["--lora_used", run["mode"] == "lora", "--lora_rank", 8, "--lora_alpha", 16]
+    run_script(ROOT / "finetune_pp_dpo.py", *flags)
+
+
+def start_dpo_trl(run: dict) -> None:
+    """DPOTrainer with its defaults, but for bf16 and, unless asked for, gradient checkpointing: it switches both on.
+
+    It tokenizes texts by itself; here it gets the ids of our set in their place, so that both train on the same ones.
+    """
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    config = DPOConfig(
+        output_dir=run["output"],
+        per_device_train_batch_size=run["batch_size"],
+        max_steps=run["steps"],
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        gradient_checkpointing=run["checkpointing"] != "off",  # True is its default
+    )
+    peft_config = None
+    if run["mode"] == "lora":
+        peft_config = lora_config(run)
+    text = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}] * 2)
+    trainer = DPOTrainer(run["model"], args=config, train_dataset=text, peft_config=peft_config)
+    trainer.train_dataset = Dataset.from_list(read_rows(run))
+    trainer.train()
 
 
 def lora_config(run: dict):
@@ -357,6 +393,8 @@ def main() -> None:
         "llamafactory": start_llamafactory,
         "torchtune": start_torchtune,
         "litgpt": start_litgpt,
+        "dpo_ours": start_dpo_ours,
+        "dpo_trl": start_dpo_trl,
     }[run["system"]](run)
 
 

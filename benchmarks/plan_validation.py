@@ -149,6 +149,8 @@ class Case:
     @property
     def setup(self) -> Setup:
         rows = ROWS
+        if STRATEGIES[self.strategy].preferences:
+            rows = ROWS // 2  # of two documents each
         accumulation = 1
         if STRATEGIES[self.strategy].kind == "1f1b":
             rows = 1
@@ -186,7 +188,10 @@ def list_cases(extent: str) -> list[Case]:
 
 
 def save_parts(folder: Path, model: Model, sequence_length: int) -> None:
-    """A random model of this shape, a tokenizer for it, and rows of equal length in which each token is a target."""
+    """A random model of this shape, a tokenizer for it, and rows of equal length in which each token is a target.
+
+    And pairs, whose documents have the same length and a prompt of one token.
+    """
     import torch
     from datasets import Dataset, Features, Sequence, Value
     from tokenizers import Tokenizer, models
@@ -210,6 +215,26 @@ def save_parts(folder: Path, model: Model, sequence_length: int) -> None:
     path = folder / f"rows-{sequence_length}"
     Dataset.from_dict({"input_ids": rows, "labels": rows}, features=features).save_to_disk(path)
     (path / "ledger.json").write_text(json.dumps({"sha256": str(sequence_length)}))
+    answers = [ids[1:] for ids in rows]
+    pairs = {
+        "prompt_ids": [ids[:1] for ids in rows],
+        "chosen_ids": answers,
+        "chosen_labels": answers,
+        "rejected_ids": answers[::-1],
+        "rejected_labels": answers[::-1],
+    }
+    features = Features({name: Sequence(Value("int32")) for name in pairs})
+    path = folder / f"pairs-{sequence_length}"
+    Dataset.from_dict(pairs, features=features).save_to_disk(path)
+    (path / "ledger.json").write_text(json.dumps({"sha256": str(sequence_length)}))
+
+
+def rows_of(strategy: str, folder: Path, sequence_length: int) -> Path:
+    """The rows that save_parts has written for a strategy."""
+    kind = "rows"
+    if STRATEGIES[strategy].preferences:
+        kind = "pairs"
+    return folder / f"{kind}-{sequence_length}"
 
 
 def script_of(strategy: str) -> str:
@@ -249,7 +274,7 @@ def run_case(folder: Path, case: Case) -> tuple[dict, dict]:
     model = SIZES[case.size]
     strategy = STRATEGIES[case.strategy]
     parts = folder / str(case.size)
-    rows = parts / f"rows-{LENGTHS[case.length]}"
+    rows = rows_of(case.strategy, parts, LENGTHS[case.length])
     if not rows.is_dir():
         save_parts(parts, model, LENGTHS[case.length])
     output = folder / f"{case.strategy}-{case.processes}-{case.size}-{case.length}-{case.checkpointing}"

@@ -66,7 +66,7 @@ class Watch:
         self.counter = FlopCounterMode(display=False, custom_mapping=formulas)
 
     def before_forward(self, module, inputs) -> None:
-        if not torch.is_grad_enabled() or not self.was_updated:
+        if not self.was_updated:  # checks of the model come before the first update, and a reference's forward after
             return
         self.was_updated = False
         self.step += 1

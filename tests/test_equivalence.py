@@ -1,8 +1,9 @@
 """Every strategy trains the same model: real scripts, real processes, compared step by step with the plain loops.
 
-References are finetune_pp.py and finetune_pp_peft.py in one process. Against them: FSDP2, ZeRO and the pipeline, full
-and with an adapter, in float32 with dropout 0, weight decay on, rows of unequal length, two epochs of two full windows
-and a short one, and an evaluation with an odd number of rows. The tolerances are those of law 2 (ASSERTED below).
+References are finetune_pp.py, finetune_pp_peft.py and finetune_pp_dpo.py in one process. Against them: FSDP2, ZeRO and
+the pipeline, full and with an adapter, in float32 with dropout 0, weight decay on, rows of unequal length, two epochs
+of two full windows and a short one, and an evaluation with an odd number of rows. The tolerances are those of law 2
+(ASSERTED below).
 
     bash scripts/test.sh tests/test_equivalence.py                # every strategy, 2 processes, accumulation 4
     .venv/bin/python tests/test_equivalence.py                    # the whole matrix; writes docs/equivalence.md
@@ -20,12 +21,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, random_rows, run_script, save_rows, save_tiny_model
+from preference_rows import random_pairs, save_preferences
 from safetensors.torch import load_file
 
 import data_collator
 
 FSDP, LORA, ZERO = "finetune_pp_peft_trainer", "finetune_pp_peft_trainer_lora", "finetune_pp_peft_trainer_deepspeed"
-PIPELINE = "finetune_pp_1f1b"
+PIPELINE, DPO = "finetune_pp_1f1b", "finetune_pp_dpo_trainer"
 # strategy: (script, its flags, the reference it must equal); the tests write {zero2} and {zero3}
 STRATEGIES = {
     "FSDP2": (FSDP, [], "full"),
@@ -36,6 +38,17 @@ STRATEGIES = {
     "ZeRO-3+LoRA": (ZERO, ["--deepspeed", "{zero3}", "--lora_used", "True"], "lora"),
     "1F1B": (PIPELINE, [], "full"),
     "1F1B+LoRA": (PIPELINE, ["--lora_used", "True"], "lora"),
+    "FSDP2 DPO": (DPO, ["--lora_used", "False"], "dpo full"),
+    "FSDP2+LoRA DPO": (DPO, [], "dpo lora"),
+    "ZeRO-2+LoRA DPO": (DPO, ["--deepspeed", "{zero2}"], "dpo lora"),
+    "ZeRO-3 DPO": (DPO, ["--deepspeed", "{zero3}", "--lora_used", "False"], "dpo full"),
+    "ZeRO-3+LoRA DPO": (DPO, ["--deepspeed", "{zero3}"], "dpo lora"),
+}
+PLAIN_LOOPS = {  # the reference of each: its script and flags
+    "full": ("finetune_pp", []),
+    "lora": ("finetune_pp_peft", []),
+    "dpo full": ("finetune_pp_dpo", ["--lora_used", "False"]),
+    "dpo lora": ("finetune_pp_dpo", []),
 }
 MODES = {
     "lora": ["--lora_dropout", 0],
@@ -57,8 +70,13 @@ COMMON = ["--num_train_epochs", 2, "--learning_rate", 1e-2, "--weight_decay", 0.
 COMMON += ["--report_to", "none", "--bf16", "False", "--use_cpu", "True"]
 
 
-def exists(strategy: str, processes: int, accumulation: int, *_) -> bool:
-    """All but 1F1B with 2 processes and accumulation 1: it needs a micro-batch for each stage, and refuses fewer."""
+def exists(strategy: str, processes: int, accumulation: int, checkpointing: bool, rows: str, tied: bool) -> bool:
+    """All but 1F1B with 2 processes and accumulation 1: it needs a micro-batch for each stage, and refuses fewer.
+
+    Preferences are never packed.
+    """
+    if STRATEGIES[strategy][0] == DPO:
+        return rows != "packed"
     return STRATEGIES[strategy][0] != PIPELINE or accumulation >= processes
 
 
@@ -97,6 +115,11 @@ DEFAULT_CELLS = [
         ("ZeRO-2+LoRA", True, "padding-free", False),
         ("ZeRO-3", False, "padding-free", False),
         ("ZeRO-3+LoRA", True, "packed", True),
+        ("FSDP2 DPO", False, "padding-free", True),
+        ("FSDP2+LoRA DPO", True, "padding-free", False),
+        ("ZeRO-2+LoRA DPO", False, "padding-free", True),
+        ("ZeRO-3 DPO", False, "padding-free", True),
+        ("ZeRO-3+LoRA DPO", False, "padded", False),
     )
 ]
 
@@ -122,6 +145,7 @@ def parts(tmp_path_factory) -> dict[str, Path]:
         parts[name] = save_rows(rows, folder / name)
         longer = random_rows(2 * len(rows), seed=len(name), longest=14)
         parts[f"packed {name}"] = save_rows(pack(longer), folder / f"packed-{name}")
+        parts[f"dpo {name}"] = save_preferences(random_pairs(len(rows), seed=len(rows)), folder / f"dpo-{name}")
     for stage in ("zero2", "zero3"):
         config = json.loads((ROOT / "ds_configs" / f"{stage}.json").read_text())
         if stage == "zero3":  # else DeepSpeed would leave the tensors of a small model whole
@@ -131,8 +155,10 @@ def parts(tmp_path_factory) -> dict[str, Path]:
     return parts
 
 
-def data_flags(parts, rows: str, tied: bool) -> list:
+def data_flags(parts, trained: str, rows: str, tied: bool) -> list:
     prefix = "packed " if rows == "packed" else ""
+    if trained.startswith("dpo"):
+        prefix = "dpo "
     flags = ["--model_path", parts[f"model tied={tied}"], "--dataset_path", parts[f"{prefix}train"]]
     return [*flags, "--eval_dataset_path", parts[f"{prefix}eval"]]
 
@@ -145,10 +171,13 @@ def reference(parts):
     def run(mode: str, rows: str, tied: bool) -> tuple[Path, dict[str, torch.Tensor]]:
         key = (mode, rows == "packed", tied)
         if key not in made:
-            script = "finetune_pp.py" if mode == "full" else "finetune_pp_peft.py"
-            flags = [*data_flags(parts, rows, tied), *COMMON, *MODES.get(mode, [])]
+            script, script_flags = PLAIN_LOOPS.get(mode, PLAIN_LOOPS["lora"])
+            flags = [*data_flags(parts, mode, rows, tied), *COMMON, *script_flags, *MODES.get(mode, [])]
             folder = parts["folder"] / f"reference-{mode}-{key[1]}-{tied}"
-            run_script(script, *flags, "--per_device_train_batch_size", ROWS_PER_STEP, "--output_dir", folder)
+            run_script(f"{script}.py", *flags, "--per_device_train_batch_size", ROWS_PER_STEP, "--output_dir", folder)
+            for name in ("train", "eval"):  # each run computes the log-probabilities of DPO's reference anew
+                for path in parts[f"dpo {name}"].glob("reference-*"):
+                    path.unlink()
             made[key] = folder, weights_before(mode, flags)
         return made[key]
 
@@ -157,21 +186,23 @@ def reference(parts):
 
 def weights_before(mode: str, flags: list) -> dict[str, torch.Tensor]:
     """What the plain loop starts from: the model's file, or an adapter that its own functions make."""
-    if mode == "full":
+    if mode in ("full", "dpo full"):
         return load_file(flags[1] / "model.safetensors")
-    model = load_plain("lora", flags)[2]
+    model = load_plain(mode if mode in PLAIN_LOOPS else "lora", flags)[2]
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def load_plain(trained: str, flags: list) -> tuple:
     """(the plain loop's module, its arguments, the model before training, the rows)."""
-    plain = importlib.import_module("finetune_pp" if trained == "full" else "finetune_pp_peft")
+    script, script_flags = PLAIN_LOOPS[trained]
+    plain = importlib.import_module(script)
+    flags = [*flags, *script_flags]
     (args,) = plain.HfArgumentParser(plain.Arguments).parse_args_into_dataclasses(list(map(str, flags)))
     config, _, rows, _, _ = plain.check_arguments(args)
     plain.set_seed(args.seed)
-    if trained == "full":
-        return plain, args, plain.load_model(args, config, None, [CPU]), rows
-    return plain, args, plain.load_model(args, config, [CPU]), rows
+    if trained == "lora":
+        return plain, args, plain.load_model(args, config, [CPU]), rows
+    return plain, args, plain.load_model(args, config, None, [CPU]), rows
 
 
 def launch(processes: int, script: str, *flags) -> None:
@@ -196,6 +227,11 @@ def deviations(folder: Path, reference: Path, start: dict[str, torch.Tensor]) ->
     largest = {name: max(relative(a[name], b[name]) for a, b in pairs if name in b) for name in ("loss", "eval_loss")}
     norms = [relative(a["grad_norm"], b["grad_norm"]) for a, b in pairs]
     largest |= {"grad_norm at step 1": norms[0], "grad_norm": max(norms)}
+    for row, other in pairs:  # of preferences, whose rewards are differences of log-probabilities in the hundreds
+        for name in row.keys() & other.keys():
+            at_the_start = name == "rewards/accuracies" and abs(other["rewards/margins"]) < 1e-5  # rounding decides
+            if ("rewards/" in name or "logps/" in name) and not at_the_start:
+                assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-4), name
 
     name = "trainable.safetensors" if (reference / "trainable.safetensors").is_file() else "model.safetensors"
     weights, trained = load_file(folder / name), load_file(reference / name)
@@ -214,12 +250,12 @@ def test_every_strategy_trains_the_same_model(
     strategy, mode, processes, accumulation, checkpointing, rows, tied, parts, reference, tmp_path
 ):
     script, flags, trained = STRATEGIES[strategy]
-    expected, start = reference(mode if trained == "lora" else "full", rows, tied)
+    expected, start = reference(mode if trained == "lora" else trained, rows, tied)
     num_shares = accumulation if script == PIPELINE else processes * accumulation  # its stages all see the same rows
     launch(
         processes,
         script,
-        *data_flags(parts, rows, tied),
+        *data_flags(parts, trained, rows, tied),
         *COMMON,
         *(str(flag).format(**parts) for flag in flags),
         *(MODES[mode] if trained == "lora" else []),
@@ -231,6 +267,8 @@ def test_every_strategy_trains_the_same_model(
     receipt = json.loads((tmp_path / "run" / "run.json").read_text())
     assert receipt["world_size"] == processes == len(receipt["peak_memory_bytes"])
     largest = deviations(tmp_path / "run", expected, start)
+    for path in parts["dpo train"].glob("reference-*"):
+        path.unlink()  # the next run computes its own
     if os.environ.get("EQUIVALENCE_RESULTS"):
         cell = dict(zip(FACTORS, (processes, accumulation, checkpointing, rows, tied), strict=True))
         result = {"strategy": strategy if mode == "lora" else f"{strategy[:-4]}{mode}"} | cell | largest
@@ -250,6 +288,7 @@ import importlib
 import torch, transformers
 name, output = sys.argv[1:3]
 sys.argv = sys.argv[2:]
+is_zero = "--deepspeed" in sys.argv
 script = importlib.import_module(name)
 trainer_class = next(c for c in vars(script).values() if isinstance(c, type) and issubclass(c, transformers.Trainer))
 
@@ -257,7 +296,7 @@ def write(model):
     from torch.distributed.tensor import DTensor
     gradients = {}
     for key, parameter in model.named_parameters():
-        if parameter.requires_grad and name.endswith("deepspeed"):
+        if parameter.requires_grad and is_zero:
             from deepspeed.utils import safe_get_full_grad
             gradients[key] = safe_get_full_grad(parameter)
         elif parameter.requires_grad:
@@ -270,12 +309,12 @@ def before(original, *names):
     def wrapped(self, *args, **kwargs):
         if not wrapped.done:
             wrapped.done = True
-            write(self.module if name.endswith("deepspeed") else self.model)
+            write(self.module if is_zero else self.model)
         return original(self, *args, **kwargs)
     wrapped.done = False
     return wrapped
 
-if name.endswith("deepspeed"):
+if is_zero:
     import deepspeed
     engine = deepspeed.runtime.engine.DeepSpeedEngine
     engine._take_model_step = before(engine._take_model_step)
@@ -290,7 +329,7 @@ script.leave()
 @pytest.mark.parametrize(
     "strategy",
     [
-        pytest.param(name, marks=[] if name in ("FSDP2", "ZeRO-3") else pytest.mark.matrix)
+        pytest.param(name, marks=[] if name in ("FSDP2", "ZeRO-3", "FSDP2+LoRA DPO") else pytest.mark.matrix)
         for name, (script, _, _) in STRATEGIES.items()
         if script != PIPELINE  # no Trainer: tests/test_1f1b.py has this test for it
     ],
@@ -298,7 +337,7 @@ script.leave()
 def test_the_gradients_of_the_first_step_are_the_same_tensor_by_tensor(strategy, parts, tmp_path):
     script, flags, trained = STRATEGIES[strategy]
     (tmp_path / "driver.py").write_text(GRADIENTS)
-    data = [*data_flags(parts, "padding-free", False), *COMMON, *(MODES["lora"] if trained == "lora" else [])]
+    data = [*data_flags(parts, trained, "padding-free", False), *COMMON, *(MODES["lora"] if trained == "lora" else [])]
     run_script(
         *(tmp_path / "driver.py", script, tmp_path / "gradients.pt", *data, "--max_steps", 1),
         *(str(flag).format(**parts) for flag in flags),
@@ -308,10 +347,18 @@ def test_the_gradients_of_the_first_step_are_the_same_tensor_by_tensor(strategy,
     gradients = torch.load(tmp_path / "gradients.pt")
 
     plain, args, model, rows = load_plain(trained, data)
-    compute_loss = plain.choose_loss(args, model, rows)
-    batch = data_collator.DataCollator(True)(rows.step(0))
     model.train()
-    (plain.forward(args, model, compute_loss, batch, CPU) / data_collator.num_targets(batch)).backward()
+    if trained.startswith("dpo"):
+        compute_logps = plain.choose_logps(args, model)
+        batch = data_collator.PreferenceCollator(True)(rows.step(0))
+        reference = plain.reference_logps(args, model, compute_logps, batch)
+        logps = plain.policy_logps(args, model, compute_logps, batch)
+        loss, _ = plain.compare(args, batch, logps, reference, None)
+    else:
+        compute_loss = plain.choose_loss(args, model, rows)
+        batch = data_collator.DataCollator(True)(rows.step(0))
+        loss = plain.forward(args, model, compute_loss, batch, CPU)
+    (loss / data_collator.num_targets(batch)).backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -405,6 +452,10 @@ def test_in_bf16_the_loss_its_divisor_and_the_sums_of_gradients_are_float32(stra
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_pairwise_cells_hold_every_pair(strategy):
     without_cell = {(0, 1): {(2, 1)}} if "1F1B" in strategy else {}
+    if "DPO" in strategy:
+        for i, values in enumerate(FACTORS.values()):
+            without_cell[(i, 3)] = {(value, "packed") for value in values}
+            without_cell[(3, i)] = {("packed", value) for value in values}
     for (i, first), (j, second) in itertools.combinations(enumerate(FACTORS.values()), 2):
         pairs = set(itertools.product(first, second)) - without_cell.get((i, j), set())
         assert {(cell[i], cell[j]) for cell in pairwise(strategy)} == pairs
@@ -449,9 +500,10 @@ def write_page(results: list[dict], page: Path) -> None:
         "Written by `python tests/test_equivalence.py`: the scripts started as a user starts them, on CPU processes,",
         "a 2-layer LLaMA with grouped-query attention in float32, rows of unequal length, 6 optimizer steps over an",
         "epoch end with a short window, weight decay on. Figures are the largest relative deviation from the plain",
-        "loop (`finetune_pp.py` or `finetune_pp_peft.py`, one process) over all steps; for weights, the largest over",
-        "all tensors of the distance between both results, divided by the distance that training moved the tensor.",
-        "1F1B has no cells of 2 processes and accumulation 1: it needs a micro-batch for each process.",
+        "loop (`finetune_pp.py`, `finetune_pp_peft.py` or `finetune_pp_dpo.py`, one process) over all steps; for",
+        "weights, the largest over all tensors of the distance between both results, divided by the distance that",
+        "training moved the tensor. 1F1B has no cells of 2 processes and accumulation 1: it needs a micro-batch for",
+        "each process. Preferences (DPO) are never packed.",
         "",
         "| strategy | cells | " + " | ".join(names) + " |",
         "|---|---|" + "---|" * len(names),

@@ -20,10 +20,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, WITHOUT_BITSANDBYTES, run_script
+from preference_rows import random_pairs, save_preferences
 
-PLAIN = ["finetune_pp", "finetune_pp_peft"]
+PLAIN = ["finetune_pp", "finetune_pp_peft", "finetune_pp_dpo"]
 TRAINERS = ["finetune_pp_peft_trainer", "finetune_pp_peft_trainer_lora", "finetune_pp_peft_trainer_deepspeed",
-            "finetune_pp_peft_trainer_checkpointing"]  # fmt: skip
+            "finetune_pp_peft_trainer_checkpointing", "finetune_pp_dpo_trainer"]  # fmt: skip
 LAUNCHERS = [*PLAIN, *TRAINERS]
 GUARD = '[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"'
 SH = shutil.which("dash") or "sh"  # what /bin/sh is on Debian and Ubuntu
@@ -102,9 +103,8 @@ def test_what_the_trainer_launchers_repeat_is_equal():
     for launcher in TRAINERS:
         text = text_of(f"{launcher}.sh")
         piece = text[text.index("NUM_GPUS=${") : text.index(f"  {launcher.replace('_checkpointing', '')}.py")]
-        pieces.append(
-            re.sub(r"(OUTPUT_DIR=\$\{OUTPUT_DIR:-|^MODEL=\$\{MODEL:-)[^}]*", r"\1", piece, flags=re.MULTILINE)
-        )
+        differs = r"(DATASET=\$\{DATASET:-|OUTPUT_DIR=\$\{OUTPUT_DIR:-|^MODEL=\$\{MODEL:-)[^}]*"
+        pieces.append(re.sub(differs, r"\1", piece, flags=re.MULTILINE))
     assert len(pieces[0].splitlines()) > 20 and len(set(pieces)) == 1
 
 
@@ -176,7 +176,8 @@ def test_the_defaults_are_those_of_the_design(told):
     for launcher in LAUNCHERS:
         arguments, environment = told(launcher)
         assert value_of(arguments, "--model_path") == f"models/llama-{'33b' if 'deepspeed' in launcher else '7b'}"
-        assert value_of(arguments, "--dataset_path") == "data_sample/tokenized/triage_train"
+        data = "preference_train" if "dpo" in launcher else "triage_train"
+        assert value_of(arguments, "--dataset_path") == f"data_sample/tokenized/{data}"
         assert value_of(arguments, "--output_dir") == f"outputs/{launcher}"
         folders.add(value_of(arguments, "--output_dir"))
         assert "--use_cpu" not in arguments and "CUDA_VISIBLE_DEVICES" not in environment
@@ -402,14 +403,26 @@ def check_receipt(launcher: str, places: dict, overridden: dict) -> dict:
     [
         ("finetune_pp", "model.safetensors"),
         ("finetune_pp_peft", "adapter_model.safetensors"),
+        ("finetune_pp_dpo", "adapter_model.safetensors"),
     ],
 )
-def test_a_plain_launcher_trains(launcher, saved, places):
+def test_a_plain_launcher_trains(launcher, saved, places, tmp_path):
+    if launcher == "finetune_pp_dpo":
+        places["DATASET"] = save_preferences(random_pairs(22), tmp_path / "pairs")
     completed = launch(SH, f"scripts/{launcher}.sh", *FAST, "--max_steps", 2, "--learning_rate", 3e-4, **places)
     receipt = check_receipt(launcher, places, {"learning_rate": 3e-4, "max_steps": 2})
     assert receipt["identity"]["rows_per_step"] == 128
     assert len(losses_of(places["OUTPUT_DIR"])) == 2 and (places["OUTPUT_DIR"] / saved).is_file()
     assert f"{launcher}.py --model_path '{places['MODEL']}'" in completed.stderr  # the command was printed
+
+
+def test_the_launcher_of_preferences_trains_under_deepspeed(places, tmp_path):
+    places["DATASET"] = save_preferences(random_pairs(22), tmp_path / "pairs")
+    flags = ["--deepspeed", "ds_configs/zero2.json", "--max_steps", 2]
+    launch(SH, "scripts/finetune_pp_dpo_trainer.sh", *FAST, *flags, **places)
+    receipt = check_receipt("finetune_pp_dpo_trainer", places, {"max_steps": 2, "learning_rate": 5e-5})
+    assert receipt["identity"]["rows_per_step"] == 2 * 8 * 2
+    assert losses_of(places["OUTPUT_DIR"])[0] == pytest.approx(0.693147, abs=1e-5)
 
 
 def test_a_trainer_launcher_trains_from_inside_its_folder(places):

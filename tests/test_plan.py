@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from conftest import ROOT, run_script, save_rows, save_tiny_model
+from preference_rows import random_pairs, save_preferences
 from transformers import (
     AutoModelForCausalLM,
     Gemma3Config,
@@ -34,7 +35,7 @@ from planning.kernels import head_work, layer_work, saved_bytes  # noqa: E402
 from planning.models import MODELS, from_config, llama  # noqa: E402
 from planning.search import Job  # noqa: E402
 from planning.speed import speed, step_work  # noqa: E402
-from planning.strategies import STRATEGIES, Setup  # noqa: E402
+from planning.strategies import PREFERENCES, STRATEGIES, SUPERVISED, Setup  # noqa: E402
 
 SMALL = llama(256, 704, 3, 4, 4, 1000)
 A100 = Machine(GPUS["a100-80g"])
@@ -134,6 +135,11 @@ def counted_parts(tmp_path_factory):
     [
         ("pp", 1, False),
         ("pp_peft", 1, True),
+        ("pp+LoRA+DPO", 1, False),
+        pytest.param("pp+DPO", 1, True, marks=pytest.mark.slow),
+        pytest.param("pp+LoRA+DPO", 1, True, marks=pytest.mark.slow),
+        pytest.param("FSDP+LoRA+DPO", 2, False, marks=pytest.mark.slow),
+        pytest.param("ZeRO-3+DPO", 2, False, marks=pytest.mark.slow),
         pytest.param("pp", 1, True, marks=pytest.mark.slow),
         pytest.param("pp_peft", 1, False, marks=pytest.mark.slow),
         pytest.param("FSDP", 2, False, marks=pytest.mark.slow),
@@ -155,7 +161,8 @@ def test_the_flops_that_are_charged_are_those_of_a_real_step(
     launch = []
     if processes > 1:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    flags = ["--model_path", counted_parts / "model", "--dataset_path", counted_parts / "rows-128", "--max_steps", 3]
+    data = plan_validation.rows_of(strategy, counted_parts, 128)
+    flags = ["--model_path", counted_parts / "model", "--dataset_path", data, "--max_steps", 3]
     flags += ["--use_cpu", True, "--bf16", False, "--report_to", "none", "--output_dir", tmp_path / "run"]
     flags += ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
     flags += ["--gradient_checkpointing", checkpointing, *STRATEGIES[strategy].flags.split()]
@@ -173,6 +180,25 @@ def test_the_flops_that_are_charged_are_those_of_a_real_step(
     )
     charged = speed(COUNTED, STRATEGIES[strategy], setup, replace(A100, gpus=processes)).flops
     assert charged == pytest.approx(counted, rel=0.03)
+
+
+def test_a_pair_is_two_documents_and_its_reference_one_more_forward():
+    """Two thirds of the work of a frozen model's step are forward and gradients of inputs; a third of that is added."""
+    model = MODELS["llama-7b"]
+    setup = Setup(rows=2, lora_rank=1, gpus=1)
+    supervised = replace(setup, rows=4, lora_dropout=False)
+    machine = replace(A100, gpus=1)
+    dpo, lora = STRATEGIES["pp+LoRA+DPO"], STRATEGIES["pp_peft"]
+    assert memory.memory(model, dpo, setup).worst.activations == (
+        memory.memory(model, lora, supervised).worst.activations
+    )
+    ratio = speed(model, dpo, setup, machine).flops / speed(model, lora, supervised, machine).flops
+    assert ratio == pytest.approx(1.5, rel=0.01)
+    full = speed(model, STRATEGIES["pp+DPO"], setup, machine).flops
+    head = 2 * model.head_params * 4 * 512  # the logits once more
+    assert full == pytest.approx(speed(model, STRATEGIES["pp"], supervised, machine).flops + head, rel=1e-6)
+    assert set(PREFERENCES) | set(SUPERVISED) == set(STRATEGIES)
+    assert plan.read_strategies("dpo") == PREFERENCES
 
 
 def test_joined_rows_cost_what_the_same_rows_cost_one_by_one():
@@ -589,7 +615,7 @@ def test_json_and_picture_of_a_plan_for_a_folder(tiny_model, tmp_path, monkeypat
     out = call(monkeypatch, capsys, *flags, "--output_dir", tmp_path / "plan", "--json", "True")
     result = json.loads(out)
     strategies = {row["strategy"] for row in result["rows"]}
-    assert strategies == set(STRATEGIES) and len(result["best"]) == 3
+    assert strategies == set(SUPERVISED) and len(result["best"]) == 3
     row = result["rows"][0]
     parts = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
     assert sum(row[f"{part}_bytes"] for part in parts) == pytest.approx(row["total_bytes"], abs=6)
@@ -662,11 +688,12 @@ def test_mistakes_are_reported_together(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def tiny_parts(tmp_path_factory):
-    """A tiny model of four layers and 16 rows."""
+    """A tiny model of four layers, 16 rows and 16 pairs."""
     folder = tmp_path_factory.mktemp("commands")
     model = save_tiny_model(folder / "model", num_layers=4)
     rows = save_rows([{"input_ids": [1, 5, 6, 7, 2], "labels": [-100, 5, 6, 7, 2]}] * 16, folder / "rows")
-    return model, rows
+    pairs = save_preferences(random_pairs(16), folder / "pairs")
+    return model, rows, pairs
 
 
 @pytest.mark.parametrize(
@@ -676,7 +703,9 @@ def test_the_command_that_is_printed_runs(strategy, tiny_parts, tmp_path, monkey
     """As it stands in the answer, with the number of steps behind it, on CPU processes."""
     if STRATEGIES[strategy].four_bit:
         pytest.importorskip("bitsandbytes")
-    model, rows = tiny_parts
+    model, rows, pairs = tiny_parts
+    if STRATEGIES[strategy].preferences:
+        rows = pairs
     setup = Setup(on_cpu=True, lora_targets=("q_proj", "v_proj"), lora_rank=4)
     job = Job(str(model), plan.load_model(str(model)), setup, batch=8, strategies=(strategy,))
     machine = replace(A100, gpus=2)

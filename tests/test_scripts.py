@@ -17,7 +17,8 @@ from conftest import ROOT
 PLAIN = ["finetune_pp.py", "finetune_pp_peft.py"]
 TRAINERS = ["finetune_pp_peft_trainer.py", "finetune_pp_peft_trainer_lora.py", "finetune_pp_peft_trainer_deepspeed.py"]
 PIPELINE = "finetune_pp_1f1b.py"
-TRAINING = [*PLAIN, *TRAINERS, PIPELINE]
+PREFERENCES, PREFERENCES_TRAINER = "finetune_pp_dpo.py", "finetune_pp_dpo_trainer.py"
+TRAINING = [*PLAIN, *TRAINERS, PIPELINE, PREFERENCES, PREFERENCES_TRAINER]
 SCRIPTS = [*TRAINING, "test_sample.py"]
 # The one table of defaults for every training script; None where the scripts differ on purpose.
 DEFAULTS = {
@@ -88,6 +89,10 @@ def test_the_training_scripts_have_one_table_of_flags_and_defaults():
     deepspeed = {"deepspeed": "ds_configs/zero3.json", "lora_used": False}
     pipeline = {name: value for name, value in PEFT_DEFAULTS.items() if name.startswith("lora_")}
     pipeline |= {"pipeline_schedule": "1f1b", "lora_used": False}
+    preferences = {name: value for name, value in PEFT_DEFAULTS.items() if name.startswith("lora_")}
+    preferences |= {"lora_used": True, "lora_dropout": 0, "peft_path": None, "loss_type": "sigmoid", "beta": 0.1}
+    preferences |= {"label_smoothing": 0, "simpo_gamma": 0.5, "desirable_weight": 1, "undesirable_weight": 1}
+    preferences |= {"precompute_reference": False, "dataset_path": "data_sample/tokenized/preference_train"}
     for name, extra, rate in (
         ("finetune_pp", PLAIN_DEFAULTS, 2e-5),
         ("finetune_pp_peft", PLAIN_DEFAULTS | PEFT_DEFAULTS, 1e-3),
@@ -95,9 +100,14 @@ def test_the_training_scripts_have_one_table_of_flags_and_defaults():
         ("finetune_pp_peft_trainer_lora", PEFT_DEFAULTS | {"load_in_4bit": False}, 1e-3),
         ("finetune_pp_peft_trainer_deepspeed", PEFT_DEFAULTS | deepspeed, None),  # 1e-3 or 2e-5, by lora_used
         ("finetune_pp_1f1b", pipeline, None),
+        ("finetune_pp_dpo", PLAIN_DEFAULTS | preferences, None),  # 5e-5 or 1e-6
+        ("finetune_pp_dpo_trainer", preferences | {"deepspeed": None}, None),
     ):
         fields = {field.name: field.default for field in dataclasses.fields(importlib.import_module(name).Arguments)}
-        assert fields == DEFAULTS | extra | {"learning_rate": rate, "output_dir": f"outputs/{name}"}
+        defaults = DEFAULTS | extra | {"learning_rate": rate, "output_dir": f"outputs/{name}"}
+        if "dpo" in name:  # a pair is never a passage of a document
+            del defaults["random_passage"], defaults["passage_length"]
+        assert fields == defaults
 
 
 def test_flags_have_the_names_that_transformers_gives_them():
@@ -168,7 +178,7 @@ def test_the_lock_of_a_killed_compilation_is_a_mistake_and_not_an_endless_wait(t
     assert str(lock) in mistake and "delete it" in mistake
 
 
-@pytest.mark.parametrize("name", [*PLAIN, *TRAINERS])
+@pytest.mark.parametrize("name", [*PLAIN, *TRAINERS, PREFERENCES, PREFERENCES_TRAINER])
 def test_the_attention_that_was_asked_for_reaches_the_model(name, tiny_model):
     script = importlib.import_module(name[:-3])
     args = script.Arguments(model_path=str(tiny_model), attn_implementation="eager", use_cpu=True, bf16="False")
@@ -213,7 +223,21 @@ DIFFERENT = {
     "Trainer.__init__",
     "Trainer.is_sharded",
     "Trainer.save_model",
+    # Only in the two that learn from preferences are these not what they are in all others:
+    "make_micro_batches",
+    "Trainer._save_optimizer_and_scheduler",
+    "Trainer.compute_loss",
+    "Trainer.evaluate",
+    "Trainer.log",
+    "Trainer.summed_loss",
+    "RunCallback.on_train_begin",
 }
+# What the two share that learn from preferences: the losses, what is logged, and the reference's file.
+OF_PREFERENCES = {
+    "check_loss", "check_pairing", "check_adapter", "check_reference", "add_adapter", "add_reference_adapter",
+    "is_precomputed", "hash_weights", "find_reference", "save_reference", "sigmoid_loss", "ipo_loss", "hinge_loss",
+    "simpo_loss", "orpo_loss", "kto_loss", "compare", "average",
+}  # fmt: skip
 
 
 def test_pieces_that_scripts_repeat_are_equal():
@@ -228,15 +252,19 @@ def test_pieces_that_scripts_repeat_are_equal():
                 for method in node.body:
                     if isinstance(method, ast.FunctionDef):
                         text = ast.dump(method).replace(node.name, kind).replace("ZeROTrainer", "Trainer")
-                        text = text.replace("FSDPTrainer", "Trainer")
+                        text = text.replace("FSDPTrainer", "Trainer").replace("PreferenceTrainer", "Trainer")
                         versions.setdefault(f"{kind}.{method.name}", {})[script] = text
     repeated = {name: scripts for name, scripts in versions.items() if len(scripts) > 1}
     unequal = {name for name, scripts in repeated.items() if len(set(scripts.values())) > 1}
     assert unequal == DIFFERENT  # and none of them is equal: else the list would hide a piece that must stay so
     in_all = {name for name, scripts in repeated.items() if len(scripts) == len(TRAINING)}
     assert {"publish_checkpoint", "delete_checkpoint", "find_checkpoint", "find_damage", "check_numbers"} <= in_all
-    assert versions["make_optimizer"].keys() == {*PLAIN, PIPELINE}
-    assert versions["RunCallback.on_step_end"].keys() == versions["Trainer.compute_loss"].keys() == set(TRAINERS)
+    assert versions["make_optimizer"].keys() == {*PLAIN, PIPELINE, PREFERENCES}
+    assert versions["RunCallback.on_step_end"].keys() == {*TRAINERS, PREFERENCES_TRAINER}
+    assert len({versions["Trainer.compute_loss"][script] for script in TRAINERS}) == 1
+    assert len({versions["Trainer.log"][script] for script in TRAINERS}) == 1
+    for name in OF_PREFERENCES:
+        assert versions[name][PREFERENCES] == versions[name][PREFERENCES_TRAINER], name
 
 
 def test_the_two_loops_differ_by_one_call():

@@ -2,6 +2,7 @@
 
     python tools/plan.py --model llama-3-8b --gpus 8 --gpu a100-80g --tokens 2.5e9 --sequence_length 2048 --batch 128
     python tools/plan.py --model llama-3-70b --gpus 8 --nodes 4 --network 100gbe --batch 512 --all True
+    python tools/plan.py --model llama-3-8b --strategy dpo --batch 64        # preferences: a row is a pair of answers
 
 Questions:
     python tools/plan.py --ask models --gpu rtx4090 --gpus 1              # what can I train on this card
@@ -35,7 +36,7 @@ from planning import search, show
 from planning.hardware import DISKS, GB, GPU, GPUS, HOST_LINKS, NETWORKS, PCIE4, TFLOPS, GiB, Machine, read_prices
 from planning.models import MATRICES, MODELS, load_model
 from planning.search import Job
-from planning.strategies import ATTENTION, STRATEGIES, Setup
+from planning.strategies import ATTENTION, PREFERENCES, STRATEGIES, SUPERVISED, Setup
 
 ROOT = Path(__file__).resolve().parent.parent
 PRICES = Path(__file__).resolve().parent / "planning" / "prices.csv"
@@ -57,7 +58,7 @@ class Arguments:
     budget: float = field(default=0, metadata={"help": "dollars that it may cost; 0: any"})
     prices: str = field(default=str(PRICES), metadata={"help": "CSV file with gpu,dollars_per_hour"})
     price_per_gpu_hour: float = field(default=0, metadata={"help": "dollars, instead of --prices, for all kinds"})
-    strategy: str = field(default="all", metadata={"help": "names by commas, such as FSDP,QLoRA; all, full or lora"})
+    strategy: str = field(default="all", metadata={"help": "names by commas, such as FSDP,QLoRA; all, full, lora, dpo"})
     rows: int = field(default=0, metadata={"help": "rows of one forward; 0: the fastest that fit"})
     accumulation: int = field(default=0, metadata={"help": "forwards of an optimizer step; 0: by --batch"})
     checkpointing: str = field(default="auto", metadata={"help": "auto | True | False"})
@@ -191,14 +192,16 @@ def read_speed(text: str, presets: dict[str, tuple[float, str]]) -> float:
 
 
 def read_strategies(text: str) -> tuple[str, ...]:
-    if text == "all":
-        return tuple(STRATEGIES)
+    if text == "all":  # of supervised fine-tuning
+        return SUPERVISED
+    if text == "dpo":
+        return PREFERENCES
     if text in ("full", "lora"):
-        return tuple(name for name, strategy in STRATEGIES.items() if strategy.adapter == (text == "lora"))
+        return tuple(name for name in SUPERVISED if STRATEGIES[name].adapter == (text == "lora"))
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
         if name not in STRATEGIES:
-            raise ValueError(f"choose from all, full, lora, {', '.join(STRATEGIES)}")
+            raise ValueError(f"choose from all, full, lora, dpo, {', '.join(STRATEGIES)}")
     return names
 
 

@@ -298,6 +298,36 @@ def head_work(model: Model, strategy: Strategy, setup: Setup) -> Work:
     num_products = 2
     if not strategy.adapter:
         num_products = 3
+        if strategy.preferences:
+            num_products = 4  # the gradient of its weight waits for the loss of the pairs, and needs the logits again
     # Logits in bf16 (2 bytes written), cast to float32 (6), log-softmax (8), and the way back (14).
     moved = 30 * model.vocab * targets
     return Work(num_products * 2 * model.head_params * targets, 0, moved, 30)
+
+
+def reference_work(model: Model, strategy: Strategy, setup: Setup) -> Work:
+    """A forward by the reference: the frozen model alone, and nothing is kept for a backward."""
+    products = 0.0
+    attention = 0.0
+    moved = 0.0
+    launches = 0
+    for kernel in layer_kernels(model, strategy, setup):
+        if kernel.name.endswith("LoRA"):
+            continue
+        products += 2 * kernel.matrix
+        attention += 4 * kernel.keys * kernel.width
+        moved += kernel.moved
+        launches += kernel.launches
+    tokens = setup.tokens
+    layers = Work(tokens * products, tokens * attention, tokens * moved, launches).times(model.layers)
+    targets = tokens * setup.target_share
+    # Logits in bf16 (2 bytes written), cast to float32 (6), log-softmax (8).
+    return layers + Work(2 * model.head_params * targets, 0, 16 * model.vocab * targets, 10)
+
+
+def micro_step_work(model: Model, strategy: Strategy, setup: Setup) -> Work:
+    """All that a forward and its backward take in one process, or in a pipeline's devices together."""
+    work = layer_work(model, strategy, setup).times(model.layers) + head_work(model, strategy, setup)
+    if strategy.computes_reference:
+        work = work + reference_work(model, strategy, setup)
+    return work

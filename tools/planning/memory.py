@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from .hardware import GPU, usable_bytes
 from .kernels import saved_bytes, uses_autocast
 from .models import Model
-from .strategies import Setup, Strategy
+from .strategies import Setup, Strategy, setup_of_forward
 
 # As in data_collator.py, which computes the loss of joined rows in chunks.
 TARGETS_PER_CHUNK = 512
@@ -54,6 +54,7 @@ class Memory:
 
 def memory(model: Model, strategy: Strategy, setup: Setup) -> Memory:
     """Bytes on the fullest GPU at the worst moment of a step, and what host and disk need."""
+    setup = setup_of_forward(strategy, setup)
     if strategy.kind == "pp":
         worst, states = fullest(plain_device(model, strategy, setup, i) for i in range(num_blocks(model, setup)))
     elif strategy.kind == "1f1b":
@@ -135,6 +136,8 @@ def logits_bytes(model: Model, strategy: Strategy, setup: Setup) -> float:
     if strategy.kind == "1f1b":
         # Only where there is a target: logits, and in float32 their copy, log-softmax and two gradients.
         return 12 * model.vocab * setup.tokens * setup.target_share
+    if strategy.preferences:
+        return logps_bytes(model, strategy, setup)
     if not (setup.padding_free and setup.chunked_loss):
         return setup.logit_bytes * model.vocab * setup.tokens
     # data_collator.summed_cross_entropy: one chunk of logits at a time, and the gradients for all targets.
@@ -159,6 +162,28 @@ def logits_bytes(model: Model, strategy: Strategy, setup: Setup) -> float:
             added += 4 * model.head_params
         logits = 4 * model.head_params + max(logits, (4 + size) * model.vocab * chunk + added)
     return logits + input_gradient
+
+
+def logps_bytes(model: Model, strategy: Strategy, setup: Setup) -> float:
+    """The same for data_collator.TargetLogps, by which pairs are compared, whatever their rows look like."""
+    size = setup.compute_bytes
+    targets = setup.tokens * setup.target_share
+    chunk = TARGETS_PER_CHUNK
+    if not setup.on_cpu:
+        chunk = max(chunk, LOGITS_PER_CHUNK_ON_GPU // model.vocab)
+    chunk = min(targets, chunk)
+    logits = 8 * model.vocab * chunk  # logits and their log-softmax in float32
+    if not strategy.adapter:
+        # The gradient of the weight in float32, and that of a chunk, beside the chunk's gradient of the logits, which
+        # are its log-softmax, overwritten, and in bf16 a copy. To add one precision to another, a CPU makes a copy.
+        copied = 0
+        added = size * model.head_params
+        if size == 2:
+            copied = 2
+            if setup.on_cpu:
+                added += 4 * model.head_params
+        logits = 4 * model.head_params + max(logits, (4 + copied) * model.vocab * chunk + added)
+    return logits + size * model.hidden * targets
 
 
 # -------------------------------------------------------------------------------------------------------------------

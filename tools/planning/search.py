@@ -10,7 +10,7 @@ from .hardware import GB, GPUS, Machine, nvidia_smi_bytes
 from .memory import Memory, fits, largest_rows, longest_context, memory, num_processes
 from .models import Model
 from .speed import Speed, speed
-from .strategies import STRATEGIES, Setup
+from .strategies import STRATEGIES, SUPERVISED, Setup
 
 ERRORS = Path(__file__).resolve().parent / "errors.json"
 # Of ways whose times differ by less the one with more rows a forward is taken: small products are slower than assumed.
@@ -27,7 +27,7 @@ class Job:
     setup: Setup  # all that does not depend on machine and strategy
     batch: int = 384  # rows of one optimizer step, over all GPUs
     tokens: float = 2.5e9
-    strategies: tuple[str, ...] = tuple(STRATEGIES)
+    strategies: tuple[str, ...] = SUPERVISED
     rows: int = 0  # of one forward; 0: what is fastest
     accumulation: int = 0  # 0: what the batch asks for
     checkpointing: bool | None = None  # None: with and without

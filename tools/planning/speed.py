@@ -19,10 +19,10 @@ from .hardware import (
     OVERLAP_LOSS,
     Machine,
 )
-from .kernels import ATTENTION_SPEED, Work, attention_kernel, head_work, layer_work
+from .kernels import ATTENTION_SPEED, Work, attention_kernel, head_work, layer_work, micro_step_work
 from .memory import NF4_BYTES, num_blocks, num_processes, place_layers, stage_layers, trained_params
 from .models import Model
-from .strategies import Setup, Strategy
+from .strategies import Setup, Strategy, setup_of_forward
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Traffic:
 
 def speed(model: Model, strategy: Strategy, setup: Setup, machine: Machine) -> Speed:
     """Seconds of one optimizer step, and what follows from them."""
+    setup = setup_of_forward(strategy, setup)
     if strategy.kind == "pp":
         seconds = plain_seconds(model, strategy, setup, machine)
         traffic = Traffic(link=setup.accumulation * 2 * border_bytes(model, setup))
@@ -79,8 +80,7 @@ def speed(model: Model, strategy: Strategy, setup: Setup, machine: Machine) -> S
 
 def step_work(model: Model, strategy: Strategy, setup: Setup) -> Work:
     """What one process computes in an optimizer step; a pipeline's devices together are one process."""
-    layers = layer_work(model, strategy, setup).times(model.layers)
-    return (layers + head_work(model, strategy, setup)).times(setup.accumulation)
+    return micro_step_work(model, strategy, setup).times(setup.accumulation)
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -147,8 +147,7 @@ def overlapped(first: float, second: float) -> float:
 
 
 def sharded_seconds(model: Model, strategy: Strategy, setup: Setup, machine: Machine) -> float:
-    layers = layer_work(model, strategy, setup).times(model.layers)
-    work = layers + head_work(model, strategy, setup)
+    work = micro_step_work(model, strategy, setup)
     arithmetic = compute_seconds(model, setup, machine, work, gather_seconds(model, strategy, setup))
     arithmetic = crowded(arithmetic, machine, setup.num_gpus)
     each_micro_step, at_update = communication(model, strategy, setup)
@@ -172,6 +171,8 @@ def gather_seconds(model: Model, strategy: Strategy, setup: Setup) -> float:
     num_passes = 2
     if setup.checkpointing:
         num_passes = 3
+    if strategy.computes_reference:
+        num_passes += 1
     if strategy.kind == "fsdp":
         return num_passes * model.layers * FSDP_GATHER
     if strategy.kind == "zero3":
@@ -202,6 +203,9 @@ def communication(model: Model, strategy: Strategy, setup: Setup) -> tuple[Traff
     else:
         moved = 2 * weights + setup.zero_gradient_bytes * trained
         rounds = 3
+    if strategy.computes_reference and strategy.kind != "zero2":  # gathered for one more forward
+        moved += weights
+        rounds += 1
     shard_nodes = setup.shard_nodes or setup.nodes
     each_micro_step = ring(setup, moved, shard_nodes, rounds * model.layers)
     num_copies = setup.nodes // shard_nodes
@@ -272,10 +276,12 @@ def border_bytes(model: Model, setup: Setup) -> float:
 
 def plain_seconds(model: Model, strategy: Strategy, setup: Setup, machine: Machine) -> float:
     """The plain loops: the devices compute one after the other."""
-    layers = layer_work(model, strategy, setup).times(model.layers)
-    arithmetic = compute_seconds(model, setup, machine, layers + head_work(model, strategy, setup))
+    arithmetic = compute_seconds(model, setup, machine, micro_step_work(model, strategy, setup))
     num_borders = num_blocks(model, setup) - 1
-    crossing = num_borders * 2 * border_bytes(model, setup) / (machine.gpu.link * LINK_SHARE)
+    num_crossings = 2  # there and back
+    if strategy.computes_reference:
+        num_crossings = 3
+    crossing = num_borders * num_crossings * border_bytes(model, setup) / (machine.gpu.link * LINK_SHARE)
     seconds = setup.accumulation * (arithmetic + crossing)
     # Each device updates its own weights, all at once; the largest part counts.
     largest = max(place_layers(model.layers, num_blocks(model, setup))) / model.layers

@@ -1,6 +1,6 @@
 """The strategies of this toolkit, and the size of one forward."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .models import MATRICES
 
@@ -14,6 +14,7 @@ class Strategy:
     adapter: bool = False
     offload: bool = False
     four_bit: bool = False
+    preferences: bool = False  # it learns from pairs: a row is two documents, with a chosen and a rejected answer
     flags: str = ""
 
     @property
@@ -26,10 +27,17 @@ class Strategy:
         """Each GPU has some of the layers, and sees all rows."""
         return self.kind in ("pp", "1f1b")
 
+    @property
+    def computes_reference(self) -> bool:
+        """A forward of the model without its adapter in every micro-step; without adapters it is done before."""
+        return self.preferences and self.adapter
+
 
 TRAINER = "finetune_pp_peft_trainer.sh"
 TRAINER_LORA = "finetune_pp_peft_trainer_lora.sh"
 DEEPSPEED = "finetune_pp_peft_trainer_deepspeed.sh"
+DPO = "finetune_pp_dpo.sh"
+DPO_TRAINER = "finetune_pp_dpo_trainer.sh"
 ZERO2 = "--deepspeed ds_configs/zero2.json"
 ZERO3 = "--deepspeed ds_configs/zero3.json"
 ZERO2_OFFLOAD = "--deepspeed ds_configs/zero2_offload.json"
@@ -53,7 +61,16 @@ STRATEGIES = {
     "ZeRO-3+LoRA": Strategy("zero3", DEEPSPEED, adapter=True, flags=ZERO3 + LORA),
     "ZeRO-3 offload": Strategy("zero3", DEEPSPEED, offload=True, flags=ZERO3_OFFLOAD + FULL),
     "ZeRO-3 offload+LoRA": Strategy("zero3", DEEPSPEED, adapter=True, offload=True, flags=ZERO3_OFFLOAD + LORA),
+    "pp+DPO": Strategy("pp", DPO, preferences=True, flags=FULL.strip()),
+    "pp+LoRA+DPO": Strategy("pp", DPO, adapter=True, preferences=True, flags=LORA.strip()),
+    "FSDP+DPO": Strategy("fsdp", DPO_TRAINER, preferences=True, flags=FULL.strip()),
+    "FSDP+LoRA+DPO": Strategy("fsdp", DPO_TRAINER, adapter=True, preferences=True, flags=LORA.strip()),
+    "ZeRO-2+LoRA+DPO": Strategy("zero2", DPO_TRAINER, adapter=True, preferences=True, flags=ZERO2 + LORA),
+    "ZeRO-3+DPO": Strategy("zero3", DPO_TRAINER, preferences=True, flags=ZERO3 + FULL),
+    "ZeRO-3+LoRA+DPO": Strategy("zero3", DPO_TRAINER, adapter=True, preferences=True, flags=ZERO3 + LORA),
 }
+SUPERVISED = tuple(name for name, strategy in STRATEGIES.items() if not strategy.preferences)
+PREFERENCES = tuple(name for name, strategy in STRATEGIES.items() if strategy.preferences)
 
 # Kernels of attention, by the scripts' --attn_implementation; flash_attention_1 is for runs of others.
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention", "flash_attention_1")
@@ -106,3 +123,10 @@ class Setup:
     def is_masked(self) -> bool:
         """Several padded rows need a mask."""
         return self.rows > 1 and not self.padding_free and self.has_mask
+
+
+def setup_of_forward(strategy: Strategy, setup: Setup) -> Setup:
+    """The setup by documents: a pair is two of them, and an adapter that learns from pairs has no dropout."""
+    if not strategy.preferences:
+        return setup
+    return replace(setup, rows=2 * setup.rows, lora_dropout=False)

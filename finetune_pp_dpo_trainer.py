@@ -1,0 +1,1491 @@
+"""Learns from preferences (DPO and its relatives) with transformers' Trainer, on several GPUs or nodes.
+
+Choose it where one GPU does not hold the model: FSDP2 shards it over all GPUs, or DeepSpeed with --deepspeed. The
+losses, the rows and the reference are those of finetune_pp_dpo.py, and so are the numbers: one process or many train
+the same model. A GPU holds what finetune_pp_peft_trainer_lora.py holds, or with --lora_used False what
+finetune_pp_peft_trainer.py holds; the reference takes no memory in either case.
+
+    python finetune_pp_dpo_trainer.py
+    sh scripts/finetune_pp_dpo_trainer.sh --loss_type simpo --beta 2
+    USE_CPU=1 NUM_GPUS=2 sh scripts/finetune_pp_dpo_trainer.sh --deepspeed ds_configs/zero3.json
+
+The reference is what the model is at the start: the model with the adapter switched off, or with the adapter of
+--peft_path as it was. With --lora_used False, or --precompute_reference True, its log-probabilities are computed once,
+by all processes before the first step, and kept in a file in the folder of the set.
+
+Writes into --output_dir: the adapter in PEFT's format (or the whole model) and the tokenizer, checkpoint-<step>/,
+trainer_state.json (loss, rewards and log-probabilities of each step, by the names that TRL uses), runs/ (TensorBoard)
+and last run.json (the receipt). SIGTERM saves a checkpoint and ends.
+"""
+
+import argparse
+import atexit
+import contextlib
+import copy
+import fcntl
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zipfile
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import peft
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate import DistributedType
+from accelerate.utils import save_fsdp_optimizer
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import logsigmoid, relu, sigmoid
+from torch.utils.cpp_extension import get_default_build_root
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    SchedulerType,
+    get_scheduler,
+    set_seed,
+)
+from transformers.core_model_loading import revert_weight_conversion
+
+import data_collator
+from data_collator import IGNORE_INDEX, LogpsHead, PreferenceCollator, PreferenceDataset, TrainingRows
+
+WITHOUT_REFERENCE = ("orpo", "simpo")
+ATTENTION_KERNELS = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+PATHS = (
+    "model_path", "peft_path", "dataset_path", "eval_dataset_path", "output_dir", "resume_from_checkpoint", "deepspeed",
+)  # fmt: skip
+# Flags that a resumed run must share with the interrupted one, besides the rows and their order.
+SHARED_BY_RESUMED = (
+    "model_path", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
+    "lora_used", "peft_path", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules",
+    "loss_type", "beta", "label_smoothing", "simpo_gamma", "desirable_weight", "undesirable_weight",
+    "precompute_reference", "deepspeed",
+)  # fmt: skip
+
+
+def flag(default, help: str, limit: str | None = None):
+    """A flag with its help; `limit` is what a number must be: "> 0" or ">= 0"."""
+    metadata = {"help": help}
+    if limit is not None:
+        metadata["metavar"] = limit
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Arguments:
+    model_path: str = flag("models/SmolLM2-135M-Instruct", "folder or hub id of a decoder-only model")
+    dataset_path: str = flag("data_sample/tokenized/preference_train", "preference set, or name:weight,name:weight")
+    eval_dataset_path: str | None = flag(None, "another such folder, for the evaluation loss")
+    output_dir: str = flag("outputs/finetune_pp_dpo_trainer", "folder for all that the run leaves")
+    deepspeed: str | None = flag(None, "shard by DeepSpeed with this file of ds_configs/; none: by FSDP2")
+    loss_type: Literal["sigmoid", "ipo", "hinge", "orpo", "simpo", "kto"] = flag("sigmoid", "sigmoid is DPO's own")
+    beta: float = flag(0.1, "how strongly the model is held to the reference; the factor of rewards", "> 0")
+    label_smoothing: float = flag(0.0, "share of pairs whose answers may be swapped; sigmoid and simpo only", ">= 0")
+    simpo_gamma: float = flag(0.5, "simpo: the reward by which a chosen answer is to be better", ">= 0")
+    desirable_weight: float = flag(1.0, "kto: weight of the loss of desirable answers", "> 0")
+    undesirable_weight: float = flag(1.0, "kto: weight of the loss of undesirable answers", "> 0")
+    precompute_reference: bool = flag(False, "compute the reference once, before training; always without an adapter")
+    lora_used: bool = flag(True, "train a LoRA adapter; False: all weights")
+    peft_path: str | None = flag(None, "go on from this LoRA adapter, which is then the reference, too")
+    lora_rank: int = flag(8, "inner size of an adapter's two matrices", "> 0")
+    lora_alpha: float = flag(16, "an adapter's output is scaled by lora_alpha / lora_rank", "> 0")
+    lora_dropout: float = flag(0.0, "dropout on an adapter's input, which the reference would not have", ">= 0")
+    lora_target_modules: str = flag("all-linear", "all-linear (without the head), or names such as q_proj,v_proj")
+    num_train_epochs: float = flag(1, "passes over the data", "> 0")
+    max_steps: int = flag(-1, "optimizer steps; above 0 it overrides num_train_epochs")
+    per_device_train_batch_size: int = flag(8, "rows of one forward", "> 0")
+    per_device_eval_batch_size: int = flag(8, "rows of one forward in evaluation", "> 0")
+    gradient_accumulation_steps: int = flag(1, "forwards of one optimizer step", "> 0")
+    learning_rate: float | None = flag(None, "peak rate of AdamW; none: 5e-5 with an adapter, 1e-6 without", "> 0")
+    lr_scheduler_type: SchedulerType = flag("cosine", "how the rate falls")
+    lr_scheduler_kwargs: str = flag("{}", 'more of the schedule, as JSON: {"min_lr": 1e-6}')
+    warmup_steps: float = flag(0.03, "steps of warm-up; below 1: a share of all steps", ">= 0")
+    weight_decay: float = flag(0.0, "AdamW's, never on norms and biases", ">= 0")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", "> 0")
+    logging_steps: int = flag(1, "log every so many optimizer steps", "> 0")
+    eval_steps: int = flag(100, "evaluate every so many steps, and at the end", "> 0")
+    save_steps: int = flag(100, "checkpoint every so many steps, and at the end", "> 0")
+    save_total_limit: int = flag(2, "checkpoints that are kept", "> 0")
+    seed: int = flag(42, "of the adapter's start, the row order and dropout", ">= 0")
+    bf16: Literal["auto", "True", "False"] = flag("auto", "compute in bf16; auto: where the hardware is fast at it")
+    padding_free: bool = flag(True, "join the rows of a batch instead of padding them")
+    gradient_checkpointing: bool = flag(False, "recompute activations: a third more work, much less memory")
+    attn_implementation: ATTENTION_KERNELS = flag("auto", "kernel of attention; auto: inside each document")
+    torch_compile: bool = flag(False, "compile the decoder layers: minutes at first, then faster steps")
+    resume_from_checkpoint: str = flag("False", "True: the newest complete one in output_dir; or a checkpoint folder")
+    use_cpu: bool = flag(False, "leave the GPUs alone")
+    report_to: Literal["tensorboard", "none"] = flag("tensorboard", "where the loss curve is shown")
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# What can go wrong is found here, before weights are loaded or anything is written
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def check_arguments(args: Arguments):
+    """Returns (config, tokenizer, rows in the order of training, evaluation set or None, checkpoint or None, skeleton).
+
+    Raises:
+        ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
+    """
+    args.use_cpu |= torch.cuda.device_count() == 0
+    mistakes = check_numbers(args) + check_machine(args) + check_launcher() + check_loss(args)
+    other = "DEEPSPEED"
+    if args.deepspeed:
+        mistakes += check_locks()
+        other = "FSDP"
+    if os.environ.get(f"ACCELERATE_USE_{other}", "false").lower() == "true":
+        mistakes.append(f"ACCELERATE_USE_{other} is true, and --deepspeed is {args.deepspeed}: unset it")
+    if args.learning_rate is None:
+        # Below the rates of supervised fine-tuning: a preference asks for a small change. 1e-6 is the default of TRL
+        # and of the DPO paper; an adapter takes 50 times as much here as in the other scripts.
+        args.learning_rate = 1e-6
+        if args.lora_used:
+            args.learning_rate = 5e-5
+
+    def attempt(name: str, action, *context):
+        """What `action` makes of a flag's value; its error becomes a mistake of that flag."""
+        value = getattr(args, name)
+        if value is None:
+            return None
+        try:
+            return action(value, *context)
+        except (ValueError, OSError, ImportError) as problem:
+            mistakes.append(f"--{name} {value}: {problem}")
+
+    config = attempt("model_path", load_config)
+    tokenizer = None
+    if config is not None:
+        tokenizer = attempt("model_path", AutoTokenizer.from_pretrained)
+        attempt("attn_implementation", check_attention, config, args)
+    attempt("deepspeed", check_deepspeed)
+    dataset = attempt("dataset_path", PreferenceDataset, config, tokenizer)
+    eval_dataset = attempt("eval_dataset_path", PreferenceDataset, config, tokenizer)
+    attempt("peft_path", check_adapter)
+    mistakes += check_pairing(args, dataset, eval_dataset)
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    skeleton = None
+    if args.lora_used:
+        # A rehearsal without weights; save_model will put what was trained on it.
+        skeleton = attempt("lora_used", lambda _: add_adapter(args, make_skeleton(config)))
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    rows_per_step = num_processes * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    rows = TrainingRows(dataset, rows_per_step, args.num_train_epochs, args.max_steps, args.seed)
+    attempt("lr_scheduler_kwargs", json.loads)
+    attempt("lr_scheduler_type", check_schedule, args, rows.num_steps)
+    if not mistakes:
+        attempt("warmup_steps", check_rates, args, rows)
+    checkpoint = attempt("resume_from_checkpoint", find_checkpoint, args.output_dir, resume_settings(args, rows))
+    if is_precomputed(args) and not mistakes:
+        attempt("dataset_path", check_reference, args, dataset, checkpoint)
+        attempt("eval_dataset_path", check_reference, args, eval_dataset, checkpoint)
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return config, tokenizer, rows, eval_dataset, checkpoint, skeleton
+
+
+def expand_home(args: Arguments) -> Arguments:
+    """A shell expands `~` at the beginning of a word only, and not in --output_dir=~/run."""
+    paths = {}
+    for name in PATHS:
+        value = getattr(args, name)
+        if value is not None:
+            paths[name] = re.sub(r"(^|,)~(?=/)", rf"\1{Path.home()}", value)
+    return replace(args, **paths)
+
+
+def check_numbers(args: Arguments) -> list[str]:
+    """The numbers that are not what their flag's limit says."""
+    mistakes = []
+    for argument in fields(args):
+        value = getattr(args, argument.name)
+        limit = argument.metadata.get("metavar")
+        if limit is None or value is None:
+            continue
+        is_allowed = value > 0 or (limit == ">= 0" and value == 0)
+        if not is_allowed or math.isinf(value):
+            mistakes.append(f"--{argument.name} {value}: must be {limit}")
+    return mistakes
+
+
+def check_machine(args: Arguments) -> list[str]:
+    """The output folder can be written, and each process has a GPU or was told to use the CPU."""
+    mistakes = []
+    output_dir = Path(args.output_dir).absolute()
+    folder = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        mistakes.append(f"--output_dir {args.output_dir}: {folder} is not a writable folder; choose another")
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    num_gpus = torch.cuda.device_count()
+    if num_processes > max(1, num_gpus) and not args.use_cpu:
+        mistakes.append(f"--use_cpu False: {num_processes} processes need as many GPUs, and there are {num_gpus}")
+    if num_gpus > 0 and not args.use_cpu and not torch.cuda.is_available():
+        mistakes.append("--use_cpu False: PyTorch cannot use the GPUs that are there; python tools/doctor.py says why")
+    return mistakes
+
+
+def check_locks() -> list[str]:
+    """DeepSpeed compiles at its start; a run that was killed then leaves a lock, and all later ones wait for ever."""
+    mistakes = []
+    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).glob("**/lock"):
+        if time.time() - lock.stat().st_mtime > 600:
+            mistakes.append(f"{lock} was left by a compilation that was killed: delete it, if nothing compiles now")
+    return mistakes
+
+
+def check_launcher() -> list[str]:
+    """torchrun sets all of these; with a part of them, some rows would go to processes that do not exist."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    for name in ("RANK", "WORLD_SIZE"):
+        if name in os.environ and missing:
+            return [f"{name} is set and {', '.join(missing)} not: start the script by torchrun, or unset {name}"]
+    return []
+
+
+def check_deepspeed(path: str) -> None:
+    """DeepSpeed is there, and its configuration file asks for ZeRO stage 2 or 3."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("DeepSpeed is missing; DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed")
+    config = json.loads(Path(path).read_text())
+    stage = None
+    if isinstance(config, dict):
+        stage = config.get("zero_optimization", {}).get("stage")
+    if stage not in (2, 3):
+        raise ValueError(f"its zero_optimization.stage is {stage}; this script knows 2 and 3: ds_configs/")
+
+
+def load_config(path: str):
+    """The configuration of the model in folder `path` or on the hub; the files of a folder can be read."""
+    folder = Path(path)
+    if not folder.is_dir() and path.startswith((".", "/", "~", "models/", "outputs/")):
+        raise FileNotFoundError("no such folder; bash scripts/quickstart.sh fetches the sample model")
+    files = list(folder.glob("*.safetensors"))
+    if folder.is_dir() and not files:
+        pickles = ", ".join(file.name for file in folder.glob("pytorch_model*.bin")) or "no weights"
+        raise FileNotFoundError(f"no .safetensors file in it but {pickles}; name the folder of a whole model; "
+                                f"for more: python tools/doctor.py -- {Path(__file__).name} --model_path {path}"
+                                )  # fmt: skip
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):  # compares the header with the file's size
+                pass
+        except SafetensorError as problem:
+            raise ValueError(f"{file.name} is cut off, or a Git LFS pointer instead of the file ({problem}); download "
+                             "it again: hf download MODEL, or git lfs pull") from None  # fmt: skip
+    config = AutoConfig.from_pretrained(path)
+    if not hasattr(config, "vocab_size"):
+        raise ValueError(f"{config.model_type} is no model of text alone; name a model that is")
+    return config
+
+
+def check_loss(args: Arguments) -> list[str]:
+    """Flags that the loss does not use, or that do not go together."""
+    mistakes = []
+    if args.label_smoothing > 0 and args.loss_type not in ("sigmoid", "simpo"):
+        mistakes.append(f"--label_smoothing {args.label_smoothing}: not for --loss_type {args.loss_type}; leave it out")
+    if args.label_smoothing >= 0.5:
+        mistakes.append(f"--label_smoothing {args.label_smoothing}: from 0.5 on, rejected answers would be preferred; "
+                        "choose 0.1 or less")  # fmt: skip
+    uses = {"simpo_gamma": "simpo", "desirable_weight": "kto", "undesirable_weight": "kto"}
+    for name, loss_type in uses.items():
+        value = getattr(args, name)
+        if value != getattr(Arguments, name) and args.loss_type != loss_type:
+            mistakes.append(f"--{name} {value}: is for --loss_type {loss_type}; leave it out")
+    if args.precompute_reference and args.loss_type in WITHOUT_REFERENCE:
+        mistakes.append(f"--precompute_reference True: --loss_type {args.loss_type} has no reference; leave it out")
+    if args.peft_path and not args.lora_used:
+        mistakes.append(f"--peft_path {args.peft_path}: --lora_used False trains all weights; merge the adapter first: "
+                        "python tools/merge_lora.py")  # fmt: skip
+    return mistakes
+
+
+def check_pairing(args: Arguments, *datasets: PreferenceDataset | None) -> list[str]:
+    """KTO learns from single answers, the other losses from pairs."""
+    mistakes = []
+    for dataset in datasets:
+        if dataset is None:
+            continue
+        if args.loss_type == "kto" and dataset.is_paired:
+            mistakes.append("--loss_type kto: learns from single answers, and the set has pairs; choose sigmoid, or "
+                            "tokenize rows with one answer and a label")  # fmt: skip
+        elif args.loss_type != "kto" and not dataset.is_paired:
+            mistakes.append(f"--loss_type {args.loss_type}: compares two answers, and a row of the set has one; choose "
+                            "kto, or tokenize pairs")  # fmt: skip
+    return sorted(set(mistakes))
+
+
+def check_adapter(folder: str) -> None:
+    """An adapter to go on from is LoRA: the others cannot be switched off inside a row of several documents."""
+    peft_type = peft.PeftConfig.from_pretrained(folder).peft_type
+    if peft_type != peft.PeftType.LORA:
+        raise ValueError(f"its adapter is of type {peft_type.value}; this script trains LoRA adapters only")
+
+
+def check_reference(path: str, args: Arguments, dataset: PreferenceDataset, checkpoint: Path | None) -> None:
+    """The reference's log-probabilities of a set are there, or can be computed and written."""
+    file = find_reference(args, dataset)
+    if file.is_file():
+        return
+    if checkpoint and not args.lora_used:
+        raise ValueError(f"{file.name}, the reference's log-probabilities, is not in it any more, and the weights that "
+                         "gave them have been trained; start a new run")  # fmt: skip
+    if not os.access(file.parent, os.W_OK):
+        raise ValueError(f"the reference's log-probabilities are kept in {file.parent}, which is not writable; copy it")
+
+
+def check_attention(kernel: str, config, args: Arguments) -> None:
+    """The machine has the kernel: transformers is asked, by a model without weights."""
+    num_gpus = torch.cuda.device_count()
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    on_gpu = num_gpus > 0 and not args.use_cpu
+    if kernel == "flex_attention" and not (on_gpu and num_gpus <= num_processes):
+        raise ValueError("it needs a GPU, and of several a process for each: its mask cannot follow layers to another")
+    if kernel.startswith("flash"):
+        if not on_gpu or not computes_in_bf16(args) or not args.padding_free:
+            raise ValueError("it needs a GPU, bf16 and --padding_free True; auto runs anywhere")
+        make_skeleton(config, kernel)  # raises what else it needs, such as a package
+
+
+def make_skeleton(config, kernel: str | None = None) -> torch.nn.Module:
+    """The model without weights: its names and shapes."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=kernel)  # it writes into it
+
+
+def computes_in_bf16(args: Arguments) -> bool:
+    """Whether to compute in bf16: where the hardware is slow at it, it is tens of times slower than float32."""
+    if args.bf16 != "auto":
+        return args.bf16 == "True"
+    if torch.cuda.device_count() > 0 and not args.use_cpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Private in PyTorch, which has no public name for the same questions.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def check_schedule(name: str, args: Arguments, num_steps: int) -> None:
+    """A rehearsal of the schedule on one weight."""
+    if name in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError("it follows an evaluation, and the rate of this script follows the step alone")
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=args.learning_rate)
+    try:
+        make_schedule(args, optimizer, num_steps)
+    except (TypeError, KeyError, AttributeError) as problem:
+        raise ValueError(f"{problem}; --lr_scheduler_kwargs {args.lr_scheduler_kwargs} takes more settings") from None
+
+
+def check_rates(warmup_steps: float, args: Arguments, rows: TrainingRows) -> None:
+    """Says what the schedule will do: a run in which nothing is trained must not look like any other."""
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=args.learning_rate)
+    (factor,) = make_schedule(args, optimizer, rows.num_steps).lr_lambdas
+    rates = [args.learning_rate * factor(step) for step in range(rows.num_steps)]
+    highest = max(rates)
+    if highest <= 0:
+        raise ValueError(f"the rate is 0 in all optimizer steps ({rows.num_steps}); lower it")
+    print(f"{rows.num_steps} optimizer steps of {rows.rows_per_step} rows, {rates.count(0)} of them at rate 0; "
+          f"the highest rate is {highest:.3g} at step {rates.index(highest) + 1}")  # fmt: skip
+    if highest < 0.99 * args.learning_rate:
+        print(f"warning: that is below --learning_rate {args.learning_rate}; lower --warmup_steps {warmup_steps}")
+    if len(rows.dataset) < rows.rows_per_step:
+        print(f"warning: there are {len(rows.dataset)} rows, fewer than one step takes; a smaller "
+              "--gradient_accumulation_steps makes more steps of them")  # fmt: skip
+
+
+def count_warmup_steps(args: Arguments, num_steps: int) -> int:
+    """Steps until the peak. Warm-up begins at rate 0, so a run of one step has none if only a share was asked for."""
+    if args.warmup_steps >= 1:
+        return math.ceil(args.warmup_steps)
+    return min(math.ceil(args.warmup_steps * num_steps), num_steps - 1)
+
+
+def make_schedule(args: Arguments, optimizer: torch.optim.Optimizer, num_steps: int):
+    """Warm-up, then the schedule."""
+    return get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=count_warmup_steps(args, num_steps),
+        num_training_steps=num_steps,
+        scheduler_specific_kwargs=json.loads(args.lr_scheduler_kwargs),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# The strategy: FSDP2 or ZeRO
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def join_processes() -> None:
+    """Without torchrun, a world of one process."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+
+
+def make_training_arguments(args: Arguments, config, rows: TrainingRows) -> transformers.TrainingArguments:
+    """Joins the other processes, and says what transformers' loop is to do."""
+    join_processes()
+    os.environ["TENSORBOARD_LOGGING_DIR"] = f"{args.output_dir}/runs"
+    sharding = {"deepspeed": args.deepspeed}
+    settings = {"non_blocking": True}  # batches are copied to the GPU while it computes
+    if args.deepspeed:
+        import deepspeed  # slow, and FSDP does without
+
+        if args.use_cpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed's, at every collective
+    else:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        sharding = {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}}
+        if not args.lora_used:
+            # Else each process would sum the gradients of an optimizer step in a whole copy, not in its shard.
+            settings["gradient_accumulation_kwargs"] = {"sync_each_batch": True}
+    training_args = transformers.TrainingArguments(
+        output_dir=f"{args.output_dir}/.writing",  # from where a checkpoint is moved when it is complete
+        max_steps=rows.num_steps,
+        train_sampling_strategy="sequential",  # rows is in the order of training
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        per_device_eval_batch_size=args.per_device_eval_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        optim="adamw_torch_fused",
+        learning_rate=args.learning_rate,
+        lr_scheduler_type=args.lr_scheduler_type,
+        lr_scheduler_kwargs=json.loads(args.lr_scheduler_kwargs),
+        warmup_steps=count_warmup_steps(args, rows.num_steps),
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        logging_steps=args.logging_steps,
+        save_steps=args.save_steps,
+        seed=args.seed,
+        bf16=computes_in_bf16(args),
+        use_cpu=args.use_cpu,
+        use_cache=config.use_cache,  # it would write False into the model's configuration
+        report_to=args.report_to,
+        logging_nan_inf_filter=False,  # a loss that is not finite is to be seen
+        remove_unused_columns=False,  # the collator needs all of them
+        accelerator_config=settings,
+        ddp_timeout=24 * 3600,  # others wait while the first process writes a large checkpoint
+        **sharding,
+    )
+    if args.use_cpu and args.deepspeed:
+        # accelerate leaves DeepSpeed out on a CPU, although it shards over gloo as it does over NCCL.
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+        training_args.distributed_state.distributed_type = DistributedType.DEEPSPEED
+    elif args.use_cpu:
+        # accelerate's list of types that may use FSDP lacks MULTI_CPU, and it would fall back to DDP without a word.
+        # Told that the type is another, it shards over gloo as it does over NCCL.
+        training_args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    return training_args
+
+
+def keep_settings(args: Arguments, config: peft.PeftConfig) -> None:
+    """An adapter to go on from has settings of its own; the receipt then says what was trained."""
+    if config.peft_type != peft.PeftType.LORA:
+        return
+    found = {"lora_rank": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    for name, value in found.items():
+        if getattr(args, name) != value:
+            print(f"--{name} {getattr(args, name)} is not used: the adapter in --peft_path has {value}")
+    args.lora_rank, args.lora_alpha, args.lora_dropout = config.r, config.lora_alpha, config.lora_dropout
+    if not isinstance(config.target_modules, str):
+        args.lora_target_modules = ",".join(sorted(config.target_modules))
+
+
+def add_adapter(args: Arguments, model) -> peft.PeftModel:
+    """Freezes `model` and puts a new LoRA adapter on it (arXiv:2106.09685), or one of the shape that --peft_path has.
+
+    Raises:
+        ValueError: PEFT's reason why the combination cannot work, or a LoRA target that matches no layer.
+    """
+    target_modules = [name.strip() for name in args.lora_target_modules.split(",")]
+    if "all-linear" in target_modules:
+        target_modules = "all-linear"
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=target_modules,
+    )
+    if args.peft_path:
+        config = peft.PeftConfig.from_pretrained(args.peft_path)
+        config.inference_mode = False
+        config.lora_dropout = args.lora_dropout  # part of a run, not of the adapter
+        keep_settings(args, config)
+    try:
+        model = peft.get_peft_model(model, config)
+    except ValueError as problem:
+        if "lora_dropout" in str(problem):
+            raise ValueError(f"{problem}; set --lora_dropout 0") from None
+        raise
+    if not args.peft_path and "all-linear" not in args.lora_target_modules:
+        adapted = [f".{path}" for path in model.base_model.targeted_module_names]
+        for name in args.lora_target_modules.split(","):
+            if not any(path.endswith(f".{name.strip()}") for path in adapted):
+                raise ValueError(f"--lora_target_modules {name.strip()} matches no layer of the model")
+    return model
+
+
+def add_reference_adapter(model: peft.PeftModel) -> None:
+    """Puts a frozen copy of the adapter beside it, under the name "reference"."""
+    model.add_adapter("reference", copy.deepcopy(model.peft_config["default"]))
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if ".default." in name:
+            frozen = parameters[name.replace(".default.", ".reference.")]
+            frozen.requires_grad_(False)
+            frozen.copy_(parameter.detach())
+
+
+def load_model(args: Arguments, checkpoint: Path | None) -> torch.nn.Module:
+    """A frozen base in the compute precision with an adapter, or all weights; what is trained has float32 masters.
+
+    Under FSDP only the first process of a node reads the base and a checkpoint, and FSDP sends each process its shards.
+    DeepSpeed keeps the float32 masters in its optimizer, and loads a checkpoint itself.
+    """
+    kernel = args.attn_implementation
+    if kernel == "auto":
+        kernel = None  # transformers' choice
+    dtype = torch.float32
+    if computes_in_bf16(args) and (args.lora_used or args.deepspeed):
+        dtype = torch.bfloat16
+    folder = args.model_path
+    if checkpoint and not args.lora_used and not args.deepspeed:
+        folder = checkpoint
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation=kernel,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    check_loading(args, loading)
+    if args.attn_implementation == "auto" and args.padding_free:
+        data_collator.attend_inside_documents(model, args.torch_compile)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if args.torch_compile:
+        compile_layers(model)
+    if args.lora_used:
+        model = add_adapter(args, model)
+    if args.peft_path:
+        load_adapter(model, Path(args.peft_path))
+        add_reference_adapter(model)
+    if checkpoint and args.lora_used and not args.deepspeed:
+        load_adapter(model, checkpoint)
+    if args.deepspeed and args.lora_used:
+        # DeepSpeed does so itself, but in ZeRO-3 not for what was added after it had split the base: an adapter in
+        # float32 would make a float32 copy of each layer's input.
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def load_adapter(model: peft.PeftModel, folder: Path) -> None:
+    """Loads all that is trained: PEFT's own file lacks ptuning's MLP and a projected prefix, ours does not."""
+    try:
+        if (folder / "trainable.safetensors").is_file():
+            keys = model.load_state_dict(load_file(folder / "trainable.safetensors"), strict=False)
+            assert not keys.unexpected_keys, f"{folder} holds another adapter"
+        else:
+            peft.set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    except RuntimeError as problem:
+        mismatch = str(problem).splitlines()[-1].strip()
+        sys.exit(f"error: --peft_path {folder}: its adapter does not fit the model of --model_path: {mismatch}")
+
+
+def check_loading(args: Arguments, loading: dict) -> None:
+    """transformers draws weights that the files lack at random, and only prints a report."""
+    lacking = sorted(loading["missing_keys"]) + sorted(str(key[0]) for key in loading["mismatched_keys"])
+    if lacking:
+        sys.exit(f"error: --model_path {args.model_path}: its files lack {len(lacking)} tensors that the model needs, "
+                 f"or hold them in another shape: {', '.join(lacking[:3])}; download it again")  # fmt: skip
+
+
+def compile_layers(model: torch.nn.Module) -> None:
+    """Compiles the decoder layers, which are alike: one graph for all of them, and for rows of any length."""
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:
+            module.compile(dynamic=True)
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Reference log-probabilities that are computed once
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def is_precomputed(args: Arguments) -> bool:
+    """Without an adapter, the reference is gone after the first step."""
+    has_reference = args.loss_type not in WITHOUT_REFERENCE
+    return has_reference and (args.precompute_reference or not args.lora_used)
+
+
+@lru_cache
+def hash_weights(folder: Path) -> str:
+    """SHA-256 of a model's or an adapter's weights and configuration."""
+    known = hashlib.sha256()
+    for pattern in ("config.json", "adapter_config.json", "*.safetensors"):
+        for path in sorted(folder.glob(pattern)):
+            with open(path, "rb") as file:
+                known.update(hashlib.file_digest(file, "sha256").digest())
+    return known.hexdigest()
+
+
+def find_reference(args: Arguments, dataset: PreferenceDataset) -> Path:
+    """The file of the reference's log-probabilities of a set, whether it is there or not; it lies in the set's folder.
+
+    Its name is a hash of all that they depend on: the base model, an adapter to go on from, the precision, and the
+    set's ledger, which has the hash of the rows and all settings of their rendering.
+    """
+    folder = Path(args.model_path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(args.model_path, allow_patterns=["config.json", "*.safetensors"]))
+    parts = [hash_weights(folder), computes_in_bf16(args), dataset.ledger]
+    if args.peft_path:
+        parts.append(hash_weights(Path(args.peft_path)))
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return dataset.folders[0].path / f"reference-{digest[:16]}.safetensors"
+
+
+def save_reference(logps: torch.Tensor, path: Path) -> None:
+    """Writes beside and renames: a file of this name is complete."""
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file({"logps": logps}, beside)
+    beside.rename(path)
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# The losses. `chosen` and `rejected` [pairs] are scores of the answers: by default log(policy / reference) of an answer
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def sigmoid_loss(args: Arguments, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """DPO, equation 7 of arXiv:2305.18290: -log sigmoid(beta (chosen - rejected)).
+
+    With --label_smoothing e, the two answers are swapped with probability e (conservative DPO, equation 3 of
+    https://ericmitchell.ai/cdpo.pdf). TRL's DPOTrainer has left that out since; its CPOTrainer has it.
+    """
+    margins = args.beta * (chosen - rejected)
+    return -(1 - args.label_smoothing) * logsigmoid(margins) - args.label_smoothing * logsigmoid(-margins)
+
+
+def ipo_loss(args: Arguments, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """IPO, equation 17 of arXiv:2310.12036, with beta for its tau: (chosen - rejected - 1 / (2 beta)) ^ 2.
+
+    The scores are averages over the tokens of an answer. The paper does not say so; TRL has it from its authors.
+    """
+    return (chosen - rejected - 1 / (2 * args.beta)) ** 2
+
+
+def hinge_loss(args: Arguments, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """The hinge of SLiC (arXiv:2305.10425) on DPO's scores, as in arXiv:2309.06657.
+
+    max(0, 1 - beta (chosen - rejected))
+    """
+    return relu(1 - args.beta * (chosen - rejected))
+
+
+def simpo_loss(args: Arguments, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """SimPO, arXiv:2405.14734: -log sigmoid(beta (chosen - rejected) - gamma).
+
+    There is no reference: the scores are the average log-probabilities of an answer's tokens. The paper's beta is 2 to
+    2.5. --label_smoothing as in sigmoid_loss.
+    """
+    margins = args.beta * (chosen - rejected) - args.simpo_gamma
+    return -(1 - args.label_smoothing) * logsigmoid(margins) - args.label_smoothing * logsigmoid(-margins)
+
+
+def orpo_loss(args: Arguments, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """ORPO, equations 6 and 7 of arXiv:2403.07691, with beta for its lambda.
+
+    -chosen - beta log sigmoid(log odds(chosen) - log odds(rejected)), where odds(p) = p / (1 - p). There is no
+    reference: the scores are the average log-probabilities log p of an answer's tokens, and -chosen is the loss of
+    supervised fine-tuning. TRL takes that loss over the tokens of the prompt, too, and over all tokens of a batch.
+    """
+    chosen_log_odds = chosen - torch.log(-torch.expm1(chosen))
+    rejected_log_odds = rejected - torch.log(-torch.expm1(rejected))
+    return -chosen - args.beta * logsigmoid(chosen_log_odds - rejected_log_odds)
+
+
+def kto_loss(args: Arguments, scores: torch.Tensor, is_desirable: torch.Tensor, kl: torch.Tensor) -> torch.Tensor:
+    """KTO, section 4.1 of arXiv:2402.01306: w (1 - sigmoid(beta (score - kl))), with the other sign if undesirable.
+
+    `kl` is what estimate_kl gives; no gradient goes through it.
+    """
+    desirable = args.desirable_weight * (1 - sigmoid(args.beta * (scores - kl)))
+    undesirable = args.undesirable_weight * (1 - sigmoid(args.beta * (kl - scores)))
+    return torch.where(is_desirable, desirable, undesirable)
+
+
+PAIR_LOSSES = {
+    "sigmoid": sigmoid_loss,
+    "ipo": ipo_loss,
+    "hinge": hinge_loss,
+    "simpo": simpo_loss,
+    "orpo": orpo_loss,
+}
+# Sums over a batch, from which averages are logged. An accurate pair has the higher reward at the chosen answer.
+SUMS = (
+    "number/chosen", "number/rejected", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected",
+    "accurate",
+)  # fmt: skip
+
+
+def compare(args: Arguments, batch: dict, logps: torch.Tensor, reference: torch.Tensor, kl: torch.Tensor | None):
+    """The summed loss of a batch's rows, and the sums [len(SUMS)] of what is logged; fillers count for nothing.
+
+    Args:
+        logps, reference: of the answers by the policy and by the reference [documents].
+        kl: KTO's estimate.
+    """
+    is_real = batch["labels"] != IGNORE_INDEX
+    lengths = batch["lengths"].clamp(min=1)
+    if args.loss_type in WITHOUT_REFERENCE:
+        logps = logps / lengths
+    scores = logps - reference
+    rewards = args.beta * scores.detach()
+    if args.loss_type == "ipo":
+        scores = scores / lengths
+    num_accurate = torch.zeros((), device=rewards.device)
+    if args.loss_type == "kto":
+        is_chosen = batch["labels"] == 1
+        is_rejected = batch["labels"] == 0
+        losses = kto_loss(args, scores[is_real], is_chosen[is_real], kl)
+    else:  # first all chosen answers, then all rejected ones
+        is_chosen = torch.cat([is_real, torch.zeros_like(is_real)])
+        is_rejected = torch.cat([torch.zeros_like(is_real), is_real])
+        losses = PAIR_LOSSES[args.loss_type](args, scores[is_chosen], scores[is_rejected])
+        num_accurate = (rewards[is_chosen] > rewards[is_rejected]).sum()
+    logps = logps.detach()
+    sums = [
+        is_chosen.sum(),
+        is_rejected.sum(),
+        rewards[is_chosen].sum(),
+        rewards[is_rejected].sum(),
+        logps[is_chosen].sum(),
+        logps[is_rejected].sum(),
+        num_accurate,
+    ]
+    return losses.sum(), torch.stack([value.float() for value in sums])
+
+
+def average(args: Arguments, sums: torch.Tensor, kl: torch.Tensor | None) -> dict[str, float]:
+    """What is logged of a step or an evaluation, by TRL's names; without rows of a kind their names are missing."""
+    total = dict(zip(SUMS, sums.tolist(), strict=True))
+    measures = {}
+    for kind in ("chosen", "rejected"):
+        if total[f"number/{kind}"] > 0:
+            for name in ("rewards", "logps"):
+                measures[f"{name}/{kind}"] = total[f"{name}/{kind}"] / total[f"number/{kind}"]
+    if "rewards/chosen" in measures and "rewards/rejected" in measures:
+        measures["rewards/margins"] = measures["rewards/chosen"] - measures["rewards/rejected"]
+    if args.loss_type == "kto":
+        measures["kl"] = kl.item()
+    else:
+        measures["rewards/accuracies"] = total["accurate"] / total["number/chosen"]
+    return measures
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Training: transformers' loop, with the rows in their order and the toolkit's run folder
+# -------------------------------------------------------------------------------------------------------------------
+
+
+class PreferenceTrainer(transformers.Trainer):
+    """transformers' loop, with the loss, the evaluation and the saving of this toolkit."""
+
+    loss_is_scaled_for_ga = True  # transformers is not to divide the loss by the number of micro-batches
+
+    def __init__(
+        self, script_args: Arguments, skeleton: peft.PeftModel | None, loss_head: LogpsHead | None, **arguments
+    ):
+        super().__init__(**arguments)
+        self.script_args = script_args
+        self.loss_head = loss_head
+        self.skeleton = skeleton  # of an adapter
+        self.kl = None  # of the optimizer step, for KTO
+        self.sums = torch.zeros(len(SUMS), device=self.args.device)  # since the last log
+        self.add_callback(RunCallback(self))
+        if self.args.bf16 and not self.is_deepspeed_enabled:
+            # accelerate's own policy would sum gradients in bf16, and round the loss to bf16, too.
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
+    def target_logps(self, model, batch: dict, **options) -> torch.Tensor:
+        """The log-probability of each target, float32 [targets]."""
+        return data_collator.batch_logps(model, batch, self.loss_head, **options)
+
+    def summed_loss(self, model, batch: dict) -> torch.Tensor:
+        """The summed cross-entropy of the targets, by which the model is asked whether the head computes it rightly."""
+        return -self.target_logps(model, batch).sum()
+
+    def policy_logps(self, batch: dict) -> torch.Tensor:
+        """The log-probability of each document's answer, float32 [documents]."""
+        return data_collator.sum_over_documents(self.target_logps(self.model_wrapped, batch), batch)
+
+    @torch.no_grad()
+    def reference_logps(self, batch: dict) -> torch.Tensor:
+        """The same by the reference, without dropout: kept in the batch, or computed; zeros for a loss without one."""
+        if self.script_args.loss_type in WITHOUT_REFERENCE:
+            return torch.zeros(len(batch["lengths"]), device=batch["lengths"].device)
+        if "reference_logps" in batch:
+            return batch["reference_logps"]
+        options = {}  # before training: the model is the reference
+        if self.script_args.lora_used:
+            # By the names that PEFT takes for each row in a forward without gradients. Its disable_adapter would
+            # change requires_grad of sharded weights, from which FSDP2 has made whole ones.
+            name = "__base__"
+            if self.script_args.peft_path:
+                name = "reference"
+            options["adapter_names"] = [name] * len(batch["input_ids"])
+        was_training = self.model.training
+        self.model.eval()
+        logps = self.target_logps(self.model_wrapped, batch, **options)
+        self.model.train(was_training)
+        return data_collator.sum_over_documents(logps, batch)
+
+    def compare(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss of a batch's rows, and the sums of what is logged."""
+        reference = self.reference_logps(batch)
+        return compare(self.script_args, batch, self.policy_logps(batch), reference, self.kl)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
+        """The summed loss, divided once by the rows of the whole optimizer step, of all processes."""
+        loss, sums = self.compare(inputs)
+        self.sums += sums
+        # Gradients are averaged over the processes, and here they are to be summed.
+        return loss * (self.args.world_size / num_items_in_batch)
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """The micro-batches of an optimizer step, and its rows in all processes; transformers would count targets."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        num_rows = torch.tensor(sum(data_collator.num_targets(batch) for batch in batches), device=device)
+        dist.all_reduce(num_rows)
+        self.kl = self.estimate_kl(batches)
+        return batches, num_rows
+
+    @torch.no_grad()
+    def estimate_kl(self, batches) -> torch.Tensor | None:
+        """KTO's distance between policy and reference, from the mismatched answers of the `batches` of all processes.
+
+        The average of log(policy / reference) over answers that belong to another prompt, at least 0 (section 4.1 of
+        arXiv:2402.01306). As in TRL's KTOTrainer a row has one such answer, that of another row of the set. TRL
+        averages over a micro-batch, and here it is over the whole optimizer step, so that its cut changes nothing.
+        """
+        if self.script_args.loss_type != "kto":
+            return None
+        was_training = self.model.training
+        self.model.eval()
+        total = torch.zeros(2, device=self.args.device)
+        for batch in batches:
+            batch = data_collator.move_to_device(batch, self.args.device)
+            is_real = batch["labels"] != IGNORE_INDEX
+            reference = self.reference_logps(batch["mismatched"])
+            log_ratios = self.policy_logps(batch["mismatched"]) - reference
+            total += torch.stack([log_ratios[is_real].sum(), is_real.sum()])
+        self.model.train(was_training)
+        dist.all_reduce(total)
+        return (total[0] / total[1]).clamp(min=0)
+
+    def share_rows(self, dataset: PreferenceDataset):
+        """Yields this process's batches of a set, and the numbers of their rows; as many batches for each process."""
+        batch_size = self.args.per_device_eval_batch_size
+        for first in range(0, len(dataset), batch_size * self.args.world_size):
+            start = first + self.args.process_index * batch_size
+            indices = range(start, min(start + batch_size, len(dataset)))
+            rows = [dataset[i] for i in indices]
+            if not rows:  # every process takes part in every forward
+                rows = [dataset.filler_row()]
+            batch = self.data_collator(rows)
+            yield data_collator.move_to_device(batch, self.args.device), indices
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Loss per row over the whole set, and the averages of the other measures."""
+        self.model.eval()
+        dataset = eval_dataset or self.eval_dataset
+        kl_of_step = self.kl
+        self.kl = self.estimate_kl(batch for batch, _ in self.share_rows(dataset))
+        total = torch.zeros(1 + len(SUMS), dtype=torch.float64, device=self.args.device)
+        for batch, _ in self.share_rows(dataset):
+            loss, sums = self.compare(batch)
+            total += torch.cat([loss[None], sums])
+        dist.all_reduce(total)
+        measures = {f"{metric_key_prefix}_loss": (total[0] / len(dataset)).item()}
+        for name, value in average(self.script_args, total[1:], self.kl).items():
+            measures[f"{metric_key_prefix}_{name}"] = value
+        self.kl = kl_of_step
+        return measures
+
+    @torch.no_grad()
+    def prepare_reference(self, dataset: PreferenceDataset) -> None:
+        """Gives each row of the set the reference's log-probabilities, from their file or computed now by all."""
+        logps = torch.zeros(len(dataset), 2, device=self.args.device)
+        is_there = torch.zeros((), device=self.args.device)
+        if self.args.should_save:
+            path = find_reference(self.script_args, dataset)
+            if path.is_file():
+                logps.copy_(load_file(path)["logps"])
+                is_there.fill_(1)
+        dist.broadcast(is_there, 0)
+        if is_there.item() == 0:
+            self.compute_reference(dataset, logps)
+            if self.args.should_save:
+                save_reference(logps.cpu(), path)
+        else:
+            dist.broadcast(logps, 0)
+        if self.args.should_save:
+            print(f"the reference's log-probabilities of {len(dataset)} rows are in {path}")
+        dataset.keep_reference(logps.cpu())
+
+    def compute_reference(self, dataset: PreferenceDataset, logps: torch.Tensor) -> None:
+        """Fills `logps` [rows, 2], zeros before, as PreferenceDataset.keep_reference takes them."""
+        for batch, indices in self.share_rows(dataset):
+            first = self.reference_logps(batch)
+            if dataset.is_paired:
+                first, second = first.chunk(2)
+            else:
+                second = self.reference_logps(batch["mismatched"])
+            if len(indices) > 0:
+                logps[indices.start : indices.stop] = torch.stack([first, second], dim=1)
+        dist.all_reduce(logps)
+
+    def is_evaluated_at(self, step: int) -> bool:
+        is_due = step % self.script_args.eval_steps == 0 or step == self.state.max_steps
+        return self.eval_dataset is not None and is_due
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Stops at a loss that is not finite; the measures and the evaluation stand in their step's own row."""
+        if "loss" not in logs:
+            return  # transformers' summary at the end, which run.json has
+        if not math.isfinite(logs["loss"] + logs["grad_norm"]):
+            stop(f"error: step {self.state.global_step} has loss {logs['loss']} and gradient norm "
+                 f"{logs['grad_norm']}; checkpoints saved before are good; lower --learning_rate")  # fmt: skip
+        logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+        logs["peak_memory_bytes"] = peak_memory()
+        dist.all_reduce(self.sums)
+        logs.update(average(self.script_args, self.sums, self.kl))
+        self.sums.zero_()
+        if self.is_evaluated_at(self.state.global_step):
+            logs.update(self.evaluate())
+        super().log(logs)
+        # Memory is for TensorBoard alone: a resumed run's history stays that of an uninterrupted one.
+        del self.state.log_history[-1]["peak_memory_bytes"]
+
+    def is_sharded(self, parameter: torch.nn.Parameter) -> bool:
+        """FSDP2 and ZeRO-3 shard every parameter; ZeRO-2 shards gradients and optimizer state, and says so itself."""
+        if self.is_deepspeed_enabled:
+            return hasattr(parameter, "ds_id") or self.deepspeed.zero_optimization_stage() == 2
+        return isinstance(parameter, DTensor)
+
+    def gather_trained(self) -> dict[str, torch.Tensor]:
+        """All that is trained, float32, gathered by all processes; the first one keeps it."""
+        model = self.accelerator.unwrap_model(self.model)
+        trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trained = {}
+        if self.is_deepspeed_enabled:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            for name, parameter in trainable.items():
+                whole = safe_get_full_fp32_param(parameter)
+                if self.args.should_save:
+                    trained[name] = whole.cpu()
+            return trained
+        for name, tensor in model.state_dict().items():  # unlike a parameter, sharded after an evaluation, too
+            if name in trainable:
+                whole = tensor.full_tensor()
+                if self.args.should_save:
+                    trained[name] = whole.cpu()
+        return trained
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The first process writes the model or the adapter, and the tokenizer, and reads every tensor back."""
+        folder = Path(output_dir or self.args.output_dir)
+        trained = self.gather_trained()
+        if not self.args.should_save:
+            return
+        if self.skeleton is not None:
+            save_adapter(self.skeleton, trained, folder)
+        else:
+            model = self.accelerator.unwrap_model(self.model)
+            model.save_pretrained(folder, state_dict=trained)
+            # By the names in the files: experts are fused in memory only.
+            check_saved(folder, revert_weight_conversion(model, trained))
+        self.processing_class.save_pretrained(folder)
+        let_others_read(folder)
+
+    # These two are private in transformers, which has no public way to leave the weights out of the optimizer's file.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Without the weights, which save_model has written: transformers' own would write them a second time."""
+        if self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Nothing: load_model has loaded the weights."""
+
+
+class RunCallback(transformers.TrainerCallback):
+    """What the toolkit adds to transformers' loop, at the places where transformers calls it.
+
+    Tokens are counted once a step and without communication, from the order of the rows. A step is logged before it
+    is saved; the last one is always evaluated and saved. SIGTERM, by which a cluster preempts a job, asks for a
+    checkpoint and the end.
+    """
+
+    def __init__(self, trainer: PreferenceTrainer):
+        self.trainer = trainer
+        self.terminated = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: self.terminated.set())
+
+    def on_train_begin(self, args, state, control, model, optimizer, lr_scheduler, **kwargs) -> None:
+        """The model is wrapped now: is it sharded, do documents stay apart, and which loss does it allow?"""
+        trainer = self.trainer
+        if not all(trainer.is_sharded(parameter) for parameter in model.parameters()):
+            stop("error: the parameters are not sharded, although this script asked for it")
+        vocab_size = model.config.vocab_size
+        if trainer.script_args.padding_free:
+            try:
+                data_collator.check_document_attention(model, vocab_size)
+            except ValueError as problem:
+                stop(f"error: --attn_implementation {trainer.script_args.attn_implementation}: {problem}")
+        if trainer.loss_head and not data_collator.computes_plain_logits(model, vocab_size, trainer.summed_loss):
+            trainer.loss_head = None
+        if is_precomputed(trainer.script_args):
+            for dataset in (trainer.train_dataset.dataset, trainer.eval_dataset):
+                if dataset is not None:
+                    trainer.prepare_reference(dataset)
+        # The rate of this schedule: that of a run that is extended is another one than it was saved with.
+        rates = []
+        for group, rate, factor in zip(
+            optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True
+        ):  # fmt: skip
+            group["lr"] = rate * factor(state.global_step)
+            rates.append(group["lr"])
+        lr_scheduler.load_state_dict(lr_scheduler.state_dict() | {"_last_lr": rates})  # what the log shows
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        rows = self.trainer.train_dataset
+        step = state.global_step
+        state.epoch = step / rows.steps_per_epoch  # to transformers the whole run is one epoch
+        state.num_input_tokens_seen += rows.num_tokens(step - 1)
+        terminated = torch.tensor(float(self.terminated.is_set()), device=args.device)
+        dist.all_reduce(terminated)  # the signal may reach the processes in different steps
+        if terminated.item() > 0:
+            control.should_training_stop = True
+            control.should_save = True
+        if control.should_save or self.trainer.is_evaluated_at(step):
+            control.should_log = True
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        """transformers has written a checkpoint into .writing."""
+        dist.barrier()
+        if args.should_save:
+            script_args = self.trainer.script_args
+            settings = resume_settings(script_args, self.trainer.train_dataset)
+            publish_checkpoint(script_args, Path(args.output_dir) / f"checkpoint-{state.global_step}", settings)
+        dist.barrier()  # after SIGTERM no process leaves before it is in its place
+
+
+def stop(message: str) -> None:
+    """Ends all processes with one message."""
+    if dist.get_rank() == 0:
+        sys.exit(message)
+    sys.exit(1)
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has held on its GPUs, or in host memory without one."""
+    on_gpus = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return on_gpus or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Saving: a checkpoint is moved to its place when all of it is on the disk, so that one with its name is complete
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(skeleton: peft.PeftModel, trained: dict[str, torch.Tensor], folder: Path) -> None:
+    """Writes an adapter in PEFT's format, and all that was trained as it is; every tensor is read back.
+
+    The prompt modes compute what PEFT's format holds, which sharded weights cannot do in one process: so the trained
+    weights are put on a model without any others.
+    """
+    skeleton.load_state_dict(trained, strict=False, assign=True)
+    skeleton.save_pretrained(folder, save_embedding_layers=False)
+    save_file(trained, folder / "trainable.safetensors")
+    check_saved(folder, trained | peft.get_peft_model_state_dict(skeleton, save_embedding_layers=False))
+
+
+def let_others_read(folder: Path) -> None:
+    """safetensors makes files that only their owner can read; they get the rights of the others, as the umask says."""
+    mode = next(folder.glob("*.json")).stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
+
+
+def check_saved(folder: Path, trained: dict[str, torch.Tensor]) -> None:
+    """Reads back every tensor of the safetensors files in `folder`, one at a time, and compares it with `trained`.
+
+    Raises:
+        OSError: a tensor is missing or differs.
+    """
+    unsaved = dict(trained)
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                if name in unsaved and torch.equal(file.get_tensor(name), unsaved[name]):
+                    del unsaved[name]
+    if unsaved:
+        raise OSError(f"{folder}: {', '.join(unsaved)} was not saved as it was trained")
+
+
+def publish_checkpoint(args: Arguments, written: Path, settings: dict) -> None:
+    """Moves a written checkpoint to its place when all of it is on the disk, and deletes those beyond the limit."""
+    sizes = {str(path.relative_to(written)): path.stat().st_size for path in written.rglob("*") if path.is_file()}
+    (written / "settings.json").write_text(json.dumps({"settings": settings, "file_sizes": sizes}, indent=2))
+    for path in (*written.rglob("*"), written):
+        sync_to_disk(path)
+    checkpoint = Path(args.output_dir) / written.name
+    if checkpoint.exists():  # of a run that went on from an older one
+        delete_checkpoint(checkpoint)
+    written.rename(checkpoint)
+    sync_to_disk(checkpoint.parent)
+    checkpoints = list_checkpoints(args.output_dir)
+    usable = [path for path in checkpoints if find_damage(path) is None]
+    oldest_kept = usable[: args.save_total_limit][-1]
+    for outdated in checkpoints[checkpoints.index(oldest_kept) + 1 :]:
+        delete_checkpoint(outdated)
+
+
+def sync_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Renames it first: a half-deleted folder must not look like a checkpoint."""
+    doomed = folder.parent / ".deleting"
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def stop_if_disk_is_full(output_dir: Path, problem: Exception) -> None:
+    """Libraries raise many errors at a full disk, and none of them names the disk or what to do."""
+    disk = shutil.disk_usage(output_dir)
+    if "No space left" in str(problem) or "quota exceeded" in str(problem) or disk.free < 2**20:
+        if dist.get_rank() > 0:
+            os._exit(1)  # one message is enough
+        sys.exit(f"error: {output_dir} could not be written: its disk is full ({disk.free / 1e6:,.1f} MB of "
+                 f"{disk.total / 1e9:,.1f} GB are free); make room, and --resume_from_checkpoint True goes on from "
+                 "the newest whole checkpoint, or begins anew")  # fmt: skip
+
+
+def write_receipt(args: Arguments, rows: TrainingRows, device: torch.device, num_tokens: int, seconds: float) -> None:
+    """Writes run.json, the last file of a run: what was run, on what, with which versions and data.
+
+    All processes call it, each with its own device; the first one writes.
+    """
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (str(device), peak_memory()))
+    if dist.get_rank() > 0:
+        return
+    # A slim image may lack git.
+    command = [shutil.which("git") or "false", "rev-parse", "--verify", "HEAD"]
+    commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    packages = ("accelerate", "bitsandbytes", "datasets", "deepspeed", "peft", "safetensors", "torch", "transformers")
+    receipt = {
+        "command": sys.argv,
+        "arguments": asdict(args),
+        "versions": {name: version(name) for name in packages if name in sys.modules},
+        "git_commit": commit or None,
+        "dataset": rows.dataset.ledger,
+        "identity": resume_settings(args, rows),
+        "world_size": len(ranks),
+        "devices": [device for device, _ in ranks],
+        "peak_memory_bytes": [memory for _, memory in ranks],
+        "wall_time_seconds": seconds,
+        "tokens_per_second": num_tokens / seconds,
+    }
+    path = Path(args.output_dir) / "run.json"
+    path.with_suffix(".tmp").write_text(json.dumps(receipt, indent=2, ensure_ascii=False), encoding="utf-8")
+    path.with_suffix(".tmp").rename(path)
+    print(f"saved {args.output_dir}")
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Resuming
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def resume_settings(args: Arguments, rows: TrainingRows) -> dict:
+    """What a resumed run must share with the interrupted one, or it would be another run."""
+    settings = {
+        "script": Path(__file__).name,
+        "dataset_sha256": rows.dataset.ledger.get("sha256"),
+        "num_rows": len(rows.dataset),
+        "rows_per_step": rows.rows_per_step,
+    }
+    if args.deepspeed:
+        settings["world_size"] = os.environ.get("WORLD_SIZE", "1")  # its files hold the shards of so many processes
+    for name in SHARED_BY_RESUMED:
+        settings[name] = getattr(args, name)
+    return settings
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The folders checkpoint-<step>, newest first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def find_checkpoint(choice: str, output_dir: str, settings: dict) -> Path | None:
+    """The checkpoint to resume from, or None to start from the beginning.
+
+    Args:
+        choice: `True` for the newest usable one in `output_dir`, `False` for none, or a folder.
+        settings: of this run, as resume_settings gives them.
+
+    Raises:
+        ValueError: the folder is damaged, its run had other rows or settings, or output_dir holds a newer one.
+    """
+    if choice == "False":
+        return None
+    checkpoints = list_checkpoints(output_dir)
+    if choice != "True":
+        checkpoint = Path(choice)
+        damage = find_damage(checkpoint)
+        if damage:
+            raise ValueError(f"{damage}; name a complete checkpoint, or True for the newest in --output_dir")
+        newest = next((path for path in checkpoints if find_damage(path) is None), None)
+        if newest and newest.resolve() != checkpoint.resolve():
+            raise ValueError(f"the run would mix with {newest}; choose another --output_dir")
+        checkpoints = [checkpoint]
+    for checkpoint in checkpoints:
+        damage = find_damage(checkpoint)
+        if damage:
+            print(f"ignoring {checkpoint}: {damage}")
+            continue
+        before = read_settings(checkpoint)["settings"]
+        changed = {name: value for name, value in before.items() if value != settings.get(name)}
+        if changed:
+            raise ValueError(f"{checkpoint} belongs to a run with {changed}; resume with the same")
+        print(f"resuming from {checkpoint}")
+        return checkpoint
+    print(f"no complete checkpoint in {output_dir}: starting from the beginning")
+    return None
+
+
+def read_settings(checkpoint: Path) -> dict:
+    """`settings` of the run and `file_sizes` of a checkpoint; those of the toolkit's former layout alike."""
+    former = checkpoint / "complete.json"
+    if former.is_file():
+        complete = json.loads(former.read_text())
+        sizes = {name: file["bytes"] for name, file in complete["files"].items()}
+        return {"settings": complete["identity"], "file_sizes": sizes}
+    return json.loads((checkpoint / "settings.json").read_text())
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None: a file is missing, has another size or cannot be opened."""
+    if not (checkpoint / "settings.json").is_file() and not (checkpoint / "complete.json").is_file():
+        return "it has no settings.json, so it is not a checkpoint of this toolkit, or was never finished"
+    try:
+        recorded = read_settings(checkpoint)
+        sizes = dict(recorded["file_sizes"])
+        assert recorded["settings"]["num_rows"] > 0
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        return "its settings.json is damaged"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"missing or damaged: {name}"
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):  # compares the header with the file's size
+                    pass
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix in (".pt", ".bin", ".pth") and not zipfile.is_zipfile(path):  # what torch.save writes
+                return f"missing or damaged: {name}"
+        except (SafetensorError, ValueError):
+            return f"missing or damaged: {name}"
+    return None
+
+
+def claim_folder(output_dir: Path, checkpoint: Path | None):
+    """Makes the folder of the run and locks it; returns the lock file, which the system frees when the process ends.
+
+    Raises:
+        ValueError: another run is going on in it, or it holds a former run that cannot be moved out of the way.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    is_above = output_dir.resolve() in (Path.cwd(), *Path.cwd().parents)
+    if is_above and checkpoint is None and holds_a_run(output_dir):
+        raise ValueError(f"--output_dir {output_dir}: it holds a former run, and you are in it; name another folder")
+    lock = open(output_dir / ".lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise ValueError(f"--output_dir {output_dir}: a run is going on in it ({lock.read()}); name another") from None
+    except OSError as problem:  # a file system that has no locks
+        print(f"{output_dir} cannot be locked ({problem}): start no other run in it")
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}")
+    lock.flush()
+    atexit.register(free_folder, lock)
+    return lock
+
+
+def free_folder(lock) -> None:
+    """Deletes the lock, and the folder if nothing was written into it."""
+    Path(lock.name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        Path(lock.name).parent.rmdir()
+
+
+def holds_a_run(output_dir: Path) -> bool:
+    return bool(list_checkpoints(output_dir)) or (output_dir / "run.json").is_file()
+
+
+def set_former_run_aside(output_dir: Path, checkpoint: Path | None) -> None:
+    """Moves a former run out of the folder, unless it is resumed from `checkpoint`: a new one would overwrite it."""
+    if checkpoint is not None:
+        shutil.rmtree(output_dir / ".deleting", ignore_errors=True)  # what a kill left of an older checkpoint
+        (output_dir / "run.json").unlink(missing_ok=True)  # it is written again when the resumed run has finished
+        return
+    if not holds_a_run(output_dir):
+        return
+    # The folder itself stays: it may be a link, or a disk that is mounted there.
+    folder = output_dir.resolve()
+    suffix = f".{time.strftime('%Y%m%d-%H%M%S')}"
+    contents = [path for path in folder.iterdir() if path.name != ".lock" and not path.name.startswith("former.")]
+    former = folder.with_name(folder.name + suffix)
+    try:
+        former.mkdir()
+        contents[0].rename(former / contents[0].name)
+    except OSError:  # nothing can be moved out of a mounted disk, or made beside the folder
+        if former.is_dir():
+            former.rmdir()
+        former = folder / f"former{suffix}"
+        former.mkdir()
+        contents[0].rename(former / contents[0].name)
+    for path in contents[1:]:
+        path.rename(former / path.name)
+    print(f"{output_dir} held a former run, which is now {former}")
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# From the command line to the saved model
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = HfArgumentParser(
+        Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False, exit_on_error=False
+    )  # fmt: skip
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not is_first:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        (args,) = parser.parse_args_into_dataclasses()
+        args = expand_home(args)
+        config, tokenizer, rows, eval_dataset, checkpoint, skeleton = check_arguments(args)
+        if is_first:
+            lock = claim_folder(Path(args.output_dir), checkpoint)
+    except (ValueError, OSError, argparse.ArgumentError) as mistakes:
+        if not is_first:
+            sys.exit(1)
+        sys.exit(f"error: {mistakes}\n--help lists every flag with its default")
+    training_args = make_training_arguments(args, config, rows)
+    set_seed(args.seed)
+    output_dir = Path(args.output_dir)
+    if is_first:
+        set_former_run_aside(output_dir, checkpoint)
+        shutil.rmtree(output_dir / ".writing", ignore_errors=True)  # what an interrupted run left
+    model = load_model(args, checkpoint)
+    trainer = PreferenceTrainer(
+        script_args=args,
+        loss_head=data_collator.add_loss_head(model, LogpsHead),
+        skeleton=skeleton,
+        model=model,
+        args=training_args,
+        data_collator=PreferenceCollator(args.padding_free),
+        train_dataset=rows,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+    )
+    torch.manual_seed(args.seed + training_args.process_index)  # every process draws its own dropout
+    tokens_before = 0
+    if checkpoint:
+        tokens_before = json.loads((checkpoint / "trainer_state.json").read_text())["num_input_tokens_seen"]
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        step = trainer.state.global_step
+        if step < rows.num_steps:
+            stop(f"SIGTERM: step {step} is saved; --resume_from_checkpoint True goes on from there")
+        trainer.save_model(args.output_dir)
+        if is_first:
+            trainer.state.save_to_json(output_dir / "trainer_state.json")
+            shutil.rmtree(output_dir / ".writing")
+        seconds = time.perf_counter() - started
+        num_tokens = trainer.state.num_input_tokens_seen - tokens_before
+        write_receipt(args, rows, training_args.device, num_tokens, seconds)
+    except Exception as problem:
+        stop_if_disk_is_full(output_dir, problem)
+        raise
+    if is_first:
+        free_folder(lock)
+
+
+def leave() -> None:
+    """Ends a process of a distributed run with success, when all of them have written what they had to.
+
+    Python does not end in its own way: gloo's threads, which outlive their process group, may still be freeing tensors
+    of the last collective, and without an interpreter that aborts a process whose work is done.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
+    leave()

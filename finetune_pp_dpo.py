@@ -56,15 +56,18 @@ from torch.nn.functional import logsigmoid, relu, sigmoid
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
+    PreTrainedConfig,
     SchedulerType,
     get_scheduler,
     set_seed,
 )
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.quantizers import AutoHfQuantizer
 
 import data_collator
 from data_collator import IGNORE_INDEX, MODEL_INPUTS, PreferenceCollator, PreferenceDataset, TrainingRows
@@ -171,7 +174,8 @@ def check_arguments(args: Arguments):
     config = attempt("model_path", load_config)
     tokenizer = None
     if config is not None:
-        tokenizer = attempt("model_path", AutoTokenizer.from_pretrained)
+        tokenizer = attempt("model_path", load_tokenizer)
+        attempt("model_path", check_quantization, config, args)
         attempt("attn_implementation", check_attention, config, args)
     dataset = attempt("dataset_path", PreferenceDataset, config, tokenizer)
     eval_dataset = attempt("eval_dataset_path", PreferenceDataset, config, tokenizer)
@@ -180,7 +184,9 @@ def check_arguments(args: Arguments):
     if mistakes:
         raise ValueError("\n".join(mistakes))
     if args.lora_used:
-        attempt("lora_used", lambda _: add_adapter(args, make_skeleton(config)))  # a rehearsal without weights
+        skeleton = attempt("lora_used", lambda _: add_adapter(args, make_skeleton(config)))  # without weights
+        if skeleton is not None:
+            attempt("peft_path", compare_adapter, skeleton)
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     rows = TrainingRows(dataset, rows_per_step, args.num_train_epochs, args.max_steps, args.seed)
     attempt("lr_scheduler_kwargs", json.loads)
@@ -237,27 +243,85 @@ def check_machine(args: Arguments) -> list[str]:
 
 
 def load_config(path: str):
-    """The configuration of the model in folder `path` or on the hub; the files of a folder can be read."""
+    """The configuration of the model in folder `path` or on the hub; the files of a folder are whole."""
     folder = Path(path)
     if not folder.is_dir() and path.startswith((".", "/", "~", "models/", "outputs/")):
         raise FileNotFoundError("no such folder; bash scripts/quickstart.sh fetches the sample model")
-    files = list(folder.glob("*.safetensors"))
-    if folder.is_dir() and not files:
-        pickles = ", ".join(file.name for file in folder.glob("pytorch_model*.bin")) or "no weights"
-        raise FileNotFoundError(f"no .safetensors file in it but {pickles}; name the folder of a whole model; "
-                                f"for more: python tools/doctor.py -- {Path(__file__).name} --model_path {path}"
-                                )  # fmt: skip
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):  # compares the header with the file's size
-                pass
-        except SafetensorError as problem:
-            raise ValueError(f"{file.name} is cut off, or a Git LFS pointer instead of the file ({problem}); download "
-                             "it again: hf download MODEL, or git lfs pull") from None  # fmt: skip
-    config = AutoConfig.from_pretrained(path)
-    if not hasattr(config, "vocab_size"):
-        raise ValueError(f"{config.model_type} is no model of text alone; name a model that is")
+    if folder.is_dir():
+        check_files(folder)
+    settings, _ = PreTrainedConfig.get_config_dict(path)
+    if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError("its model is code of its own, which is never run here; choose one that transformers has")
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    fills_gaps = any(name.endswith("ForMaskedLM") for name in config.architectures or [])
+    if config.is_encoder_decoder or fills_gaps or not hasattr(config, "vocab_size"):
+        raise ValueError(f"{config.model_type} is no decoder of text alone; name a model that is")
     return config
+
+
+def check_files(folder: Path) -> None:
+    """The files that transformers will read the weights from are there and whole.
+
+    Raises:
+        ValueError, OSError: the first that is not.
+    """
+    names = ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if names == ["model.safetensors"] and not (folder / "model.safetensors").is_file():
+        others = [file.name for pattern in ("*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)]
+        raise FileNotFoundError(f"no model.safetensors in it but {', '.join(sorted(others)) or 'no weights'}; name the "
+                                f"folder of a whole model; for more: python tools/doctor.py -- {Path(__file__).name} "
+                                f"--model_path {folder}")  # fmt: skip
+    for name in names:
+        for tensor, (dtype, _) in read_header(folder / name).items():
+            if dtype.startswith("F8") and "quantization_config" not in (folder / "config.json").read_text():
+                raise ValueError(f"{tensor} has 8 bits, and config.json has no quantization_config that says how to "
+                                 "read it; name the 16- or 32-bit original")  # fmt: skip
+
+
+def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """The precision and shape of each tensor in a safetensors file, whose length is compared with its header."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.name} is missing; download it again")
+    tensors = {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                tensor = opened.get_slice(name)
+                tensors[name] = (tensor.get_dtype(), tensor.get_shape())
+    except SafetensorError as problem:
+        raise ValueError(f"{file.name} is cut off, or a Git LFS pointer instead of the file ({problem}); download it "
+                         "again: hf download MODEL, or git lfs pull") from None  # fmt: skip
+    return tensors
+
+
+def load_tokenizer(path: str):
+    """Code that lies beside a tokenizer is not run, and nobody is asked whether it may."""
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def check_quantization(path: str, config, args: Arguments) -> None:
+    """Quantised weights are read as they are on disk, if the package that reads them is here."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    if not args.lora_used:
+        raise ValueError("its weights are quantised, and full fine-tuning needs the 16- or 32-bit original; "
+                         "--lora_used True trains an adapter on them as they are")  # fmt: skip
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = "cuda"
+    try:
+        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+        quantizer.validate_environment(device_map={"": device})
+    except Exception as problem:  # each method has its own
+        raise ValueError(f"its weights are quantised and cannot be read here ({problem}); "
+                         "name the 16- or 32-bit original") from None  # fmt: skip
+    if not quantizer.is_trainable:
+        raise ValueError("its weights are quantised in a way that no adapter can be trained on; "
+                         "name the 16- or 32-bit original")  # fmt: skip
 
 
 def check_loss(args: Arguments) -> list[str]:
@@ -298,9 +362,30 @@ def check_pairing(args: Arguments, *datasets: PreferenceDataset | None) -> list[
 
 def check_adapter(folder: str) -> None:
     """An adapter to go on from is LoRA: the others cannot be switched off inside a row of several documents."""
-    peft_type = peft.PeftConfig.from_pretrained(folder).peft_type
+    try:
+        peft_type = peft.PeftConfig.from_pretrained(folder).peft_type
+    except KeyError as unknown:
+        raise ValueError(f"its adapter is of type {unknown}, which this version of PEFT does not know") from None
     if peft_type != peft.PeftType.LORA:
         raise ValueError(f"its adapter is of type {peft_type.value}; this script trains LoRA adapters only")
+
+
+def compare_adapter(folder: str, skeleton: peft.PeftModel) -> None:
+    """An adapter to go on from has all weights that will be trained: PEFT leaves others as they are."""
+    file = Path(folder) / "trainable.safetensors"
+    if file.is_file():
+        expected = {name: parameter for name, parameter in skeleton.named_parameters() if parameter.requires_grad}
+    else:
+        file = Path(folder) / "adapter_model.safetensors"
+        expected = peft.get_peft_model_state_dict(skeleton, save_embedding_layers=False)
+    found = read_header(file)
+    for name, parameter in expected.items():
+        if name not in found:
+            raise ValueError(f"{file.name} lacks {name}, which its adapter_config.json asks for on this model")
+        shape = found[name][1]
+        if shape != list(parameter.shape):
+            raise ValueError(f"its adapter does not fit the model of --model_path: {name} has shape {shape}, and "
+                             f"{list(parameter.shape)} on this model")  # fmt: skip
 
 
 def check_reference(path: str, args: Arguments, dataset: PreferenceDataset, checkpoint: Path | None) -> None:
@@ -513,6 +598,7 @@ def load_model(args: Arguments, config, checkpoint: Path | None, devices: list[t
         device_map=device_map,
         attn_implementation=kernel,
         use_safetensors=True,
+        ignore_mismatched_sizes=True,  # check_loading says it
         output_loading_info=True,
     )
     check_loading(args, loading)

@@ -107,7 +107,7 @@ def main() -> None:
     except ValueError as problem:
         sys.exit(f"error: {problem}")
     except OSError as problem:
-        sys.exit(f"error: {args.output_dir} could not be written: {problem}; the model takes 0.6 GB, its download 0.1 GB")
+        sys.exit(f"error: {args.output_dir} could not be written: {problem}; the model and its download take 0.7 GB")
     except KeyboardInterrupt:
         sys.exit("interrupted; nothing was written")
     finally:

@@ -165,7 +165,7 @@ def draw_answers(figure, gain: Gain, words: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with base.json, tuned.json, base.txt and tuned.txt")
-    parser.add_argument("--run", type=Path, default=Path("outputs/finetune_pp_peft"), help="whose loss the picture shows")
+    parser.add_argument("--run", type=Path, default=Path("outputs/finetune_pp_peft"), help="whose loss is drawn")
     parser.add_argument("--picture", type=Path, help="a file to draw, .svg or .png; none: only print")
     parser.add_argument("--language", choices=WORDS, default="en", help="of the picture")
     args = parser.parse_args()

@@ -168,9 +168,13 @@ def test_ci_runs_what_the_readme_begins_with():
 @pytest.mark.parametrize("page", TRANSLATED)
 def test_both_languages_have_the_same_commands_flags_and_files(page):
     chinese = page.replace(".md", "_zh.md")
-    assert commands_of(page) == commands_of(chinese)
+    picture = {command: command.replace("_zh.svg --language zh", ".svg") for command in commands_of(chinese)}
+    assert commands_of(page) == list(picture.values())
     name = re.compile(r"`(--?\w[^`]*|\w+\.(?:py|sh|json))`")
-    assert set(name.findall(text_of(page))) == set(name.findall(text_of(chinese)))
+    english_names, chinese_names = (
+        {" ".join(found.split()) for found in name.findall(text_of(path))} for path in (page, chinese)
+    )
+    assert english_names == chinese_names
     assert text_of(page).count("\n## ") == text_of(chinese).count("\n## ")
     tree = re.compile(r"^ {0,2}([\w.]+\.(?:py|sh|jsonl?)|\w+/) ", re.MULTILINE)
     assert set(tree.findall(text_of(page))) == set(tree.findall(text_of(chinese)))
@@ -222,7 +226,7 @@ def test_the_front_page_is_short_and_its_tree_is_true(page):
 
 def rows_of(page: str) -> list[list[str]]:
     """The cells of every row of a page's tables."""
-    lines = [line for line in text_of(page).splitlines() if line.startswith("|")]
+    lines = [line for line in text_of(page).splitlines() if line.startswith("|") and not line.startswith("|---")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -247,7 +251,10 @@ def test_the_memory_and_hours_of_the_front_page_are_the_planner_s(page):
 
 @pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
 def test_the_speeds_of_the_front_page_are_those_of_the_record(page):
-    record = {row[0].removeprefix("beside "): row[1:3] for row in rows_of("docs/performance.md") if len(row) == 5}
+    record = {}
+    for row in rows_of("docs/performance.md"):
+        if len(row) == 5 and row[0] != "beside":
+            record.setdefault(row[0], row[1:3])  # the first table is the summary
     shown = [row for row in rows_of(page) if row[0] in record]
     assert len(shown) >= 4
     for row in shown:

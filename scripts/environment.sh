@@ -1,6 +1,6 @@
 # Sourced by quickstart.sh and test.sh from the root of the repository: `install [requirements-dev.txt]` makes .venv.
 
-step=
+step=environment  # what is being done, for the message of a run that is stopped
 log() {
   step="$*"
   printf '\n== %s\n' "$step"

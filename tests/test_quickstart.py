@@ -112,6 +112,7 @@ def test_an_old_python_gets_a_clear_message(tmp_path):
         )
         assert completed.returncode != 0
         assert "needs Python 3.11 or newer, and python3 is Python 3.9.18" in completed.stderr
+        assert "uv python install" in completed.stderr and ('stopped at ""' not in completed.stderr)
         assert not (repository / ".venv").exists()
 
 

@@ -263,13 +263,20 @@ def test_the_sample_model_that_cannot_be_fetched_is_one_message(tmp_path):
 
 
 def test_training_needs_no_compiler(repository, tmp_path):
-    """A PATH without one; the quickstart's own steps."""
+    """Everything of this machine's PATH but compilers and what they need."""
     if not (repository / "data_sample" / "tokenized" / "triage_train").exists():
         assert run("bash scripts/quickstart.sh", repository).returncode == 0
-    path = only_these(tmp_path / "bin", "3.12.0")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    compiler = re.compile(r".*(gcc|g\+\+|cc|c\+\+|clang|cpp|ninja|nvcc|make|-as|-ld)[-.\d]*$|^(as|ld).*")
+    for directory in ("/usr/bin", "/bin", "/usr/local/bin"):
+        for program in Path(directory).iterdir():
+            if not compiler.match(program.name) and not (folder / program.name).exists():
+                (folder / program.name).symlink_to(program)
+    assert shutil.which("c++", path=str(folder)) is None and shutil.which("sh", path=str(folder)) is not None
     command = [".venv/bin/python", "finetune_pp_peft.py", "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
     completed = subprocess.run(
-        command, cwd=repository, env={"PATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        command, cwd=repository, env={"PATH": str(folder), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     assert completed.returncode == 0, completed.stderr
     assert (tmp_path / "run" / "run.json").is_file()

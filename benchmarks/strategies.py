@@ -1,6 +1,6 @@
-"""Measures every strategy of this toolkit on this machine, and writes the table docs/strategies.md.
+"""Measures every strategy of this toolkit on this machine, and writes the table docs/strategies_measured.md.
 
-    python benchmarks/strategies.py --data alpaca.json --output docs/strategies.md
+    python benchmarks/strategies.py --data alpaca.json --output docs/strategies_measured.md
 
 Each strategy runs as one process, or as one process for each GPU (without a GPU: two), with --batch_size rows for each
 of them a step, for --steps steps. The first step is left out.
@@ -80,13 +80,21 @@ COLUMNS = [
     "peak memory of each process, MB",
 ]
 QUOTED = """
-Quoted, not measured here:
+Quoted, not measured here; each figure stands at the address beside it:
 
-| model | strategy | devices | tokens/s/device | MFU | hours for 2.5e9 tokens | source |
-|---|---|---|---|---|---|---|
-| LLaMA 7B | FSDP, 384 rows of 512 tokens a step | 8 A100-80G | about 2,400 | about 32 % | 35 | the table of the guide that this toolkit continues |
-| MPT 7B | FSDP, 512 tokens | A100-80G | 4,099 | 53.5 % | | MosaicML, llm-foundry, scripts/train/benchmarking |
-| LLaMA 2 7B | FSDP, 4,096 tokens | 128 A100-80G | 3,700 | 57 % | | IBM and Meta, "Maximizing training throughput using PyTorch FSDP" |
+| model | strategy | devices | tokens/s/device | MFU | source |
+|---|---|---|---|---|---|
+| LLaMA 7B | FSDP, 384 rows of 512 tokens a step: 35 hours for 2.5e9 tokens | 8 A100-80G | about 2,480 | about 32 % | [the guide that this toolkit continues](https://github.com/chaoyi-wu/Finetune_LLAMA) gives the hours |
+| MPT 7B | FSDP with checkpointing, 512 tokens | 8 A100-80G | 4,099 | 53.5 % | [mosaicml/examples v0.0.4](https://github.com/mosaicml/examples/blob/v0.0.4/examples/llm/throughput/README.md) |
+| MPT 7B | FSDP, 2,048 tokens | 8 A100-80G | 4,641 | 64.2 % | [mosaicml/llm-foundry](https://github.com/mosaicml/llm-foundry/blob/main/scripts/train/benchmarking/README.md) |
+| MPT 7B | FSDP, 2,048 tokens | 8 H100-80G | 10,643 | 46.4 % | [the same](https://github.com/mosaicml/llm-foundry/blob/main/scripts/train/benchmarking/README.md) |
+| LLaMA 2 7B | FSDP, 4,096 tokens | 128 A100-80G | 3,700 | 57 % | [IBM and Meta, "Maximizing training throughput using PyTorch FSDP"](https://pytorch.org/blog/maximizing-training/) |
+| LLaMA 2 7B | FSDP, 4,096 tokens | 96 H100-80G | 7,500 | 37 % | [the same](https://pytorch.org/blog/maximizing-training/) |
+| LLaMA 2 7B | FSDP, torch.compile | 128 A100-80G | | 68 % | [their second part](https://pytorch.org/blog/maximizing-training-throughput/) |
+| LLaMA 2 7B | HSDP, 2 rows | 128 A100 | 3,760 | | [fms-fsdp](https://github.com/foundation-model-stack/fms-fsdp/blob/0d319983c4b3b7f7b3b5e2c5e7f746746b6f73a9/README.md) |
+| LLaMA 2 70B | FSDP with checkpointing, 6 rows | 128 A100 | 380 | | [the same](https://github.com/foundation-model-stack/fms-fsdp/blob/0d319983c4b3b7f7b3b5e2c5e7f746746b6f73a9/README.md) |
+| LLaMA 3.1 8B | FSDP2, selective checkpointing, torch.compile, 2 rows | 8 H100-96G | 6,667 | | [torchtitan, end of 2024](https://github.com/pytorch/torchtitan/blob/31a17bfdb70bab6f62a13d21816a5339b911d6e3/benchmarks/llama3_h100_202412_torchtitan.md) |
+| LLaMA 3 70B | LoRA, 2 tensor-parallel x 4 stages, 4,096 tokens | 8 H100-80G | 608 | 17.8 %: 176 of 989 TFLOPS | [NeMo AutoModel](https://github.com/NVIDIA-NeMo/Automodel/blob/01926a5c443b7979463c73341bf64adf79de638e/docs/performance-summary.md) |
 """  # noqa: E501 - Markdown's rows cannot be broken
 
 
@@ -304,8 +312,8 @@ def make_head(args: Arguments) -> str:
     if args.data in words:
         words[words.index(args.data)] = Path(args.data).name  # no folders of this machine
     return (
-        f"# What each strategy costs\n\n`python {shlex.join(words)}` wrote this.\nMachine: {machine}, the peak "
-        f"{peak}; torch {torch.__version__}. Each strategy was run once, {args.steps} steps of\n"
+        f"# What each strategy costs, measured\n\n`python {shlex.join(words)}` wrote this.\nMachine: {machine}, the "
+        f"peak {peak}; torch {torch.__version__}. Each strategy was run once, {args.steps} steps of\n"
         f"{(num_gpus or 2) * args.batch_size} rows, the first left out; padding-free, so all tokens are real ones. An "
         f"epoch has {args.tokens:g} tokens.\n\n"
         f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"

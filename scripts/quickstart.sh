@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a better model: environment, sample model, data, training, and what it gained.
-# Linux, Python 3.11+; 2 CPU cores and 6 GB of memory are enough, a GPU is used if there is one.
-# A step whose result is complete is skipped; an interrupted one is done again.
+# Linux, Python 3.11+; 2 CPU cores, 6 GB of memory and 3 GB of disk are enough, a GPU is used if there is one.
+# A step whose result is complete is skipped; an interrupted one is done again, and training goes on from its checkpoint.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,6 +10,16 @@ source scripts/environment.sh
 model=models/SmolLM2-135M-Instruct
 run=outputs/finetune_pp_peft
 results=outputs/quickstart
+
+say_how_to_go_on() {
+  local status=$?
+  if [ "$status" != 0 ]; then
+    printf '\nstopped at "%s"; bash scripts/quickstart.sh goes on from there\n' "$step" >&2
+  fi
+}
+trap say_how_to_go_on EXIT
+trap 'exit 130' INT  # Ctrl-C, which the program that is running gets, too
+trap 'exit 143' TERM
 
 install
 python=.venv/bin/python
@@ -31,6 +41,8 @@ done
 log "training: python finetune_pp_peft.py"
 if [ -f "$run/run.json" ]; then
   echo "$run is already there"
+elif compgen -G "$run/checkpoint-*" >/dev/null; then
+  $python finetune_pp_peft.py --resume_from_checkpoint True
 else
   $python finetune_pp_peft.py
 fi
@@ -40,8 +52,14 @@ log "evaluation on questions that training never saw"
 # run.json is a run's last file, so an older result belongs to a former run.
 [ "$results/tuned.json" -nt "$run/run.json" ] ||
   $python tools/evaluate.py --peft_path "$run" --output "$results/tuned.json"
-[ -s "$results/base.txt" ] || $python test_sample.py --num_samples 1 --model_path "$model" >"$results/base.txt"
-[ "$results/tuned.txt" -nt "$run/run.json" ] ||
-  $python test_sample.py --num_samples 1 --peft_path "$run" >"$results/tuned.txt"
-$python tools/show_gain.py "$results"
+# An answer gets its name when all of it is there.
+if [ ! -s "$results/base.txt" ]; then
+  $python test_sample.py --num_samples 1 --model_path "$model" >"$results/base.tmp"
+  mv "$results/base.tmp" "$results/base.txt"
+fi
+if [ ! "$results/tuned.txt" -nt "$run/run.json" ]; then
+  $python test_sample.py --num_samples 1 --peft_path "$run" >"$results/tuned.tmp"
+  mv "$results/tuned.tmp" "$results/tuned.txt"
+fi
+$python tools/show_gain.py "$results" --picture "$results/gain.svg"
 log "done in $((SECONDS / 60)) min $((SECONDS % 60)) s; next: python test_sample.py, and README.md for the other strategies"

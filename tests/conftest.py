@@ -119,5 +119,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     starters = {"run_script", "Runs", "runs", "sample_model", "subprocess", "start_script", "reference"}
     for item in items:
         used = {*item.function.__code__.co_names, *item.fixturenames}
-        if used & starters or item.path.name in ("test_quickstart.py", "test_doctor.py", "test_launchers.py"):
+        names = ("test_quickstart.py", "test_docs.py", "test_doctor.py", "test_launchers.py")
+        if used & starters or item.path.name in names:
             item.add_marker("processes")

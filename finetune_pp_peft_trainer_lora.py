@@ -27,6 +27,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import zipfile
@@ -34,7 +35,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import peft
 import torch
@@ -71,6 +72,22 @@ SHARED_BY_RESUMED = (
     "peft_mode", "peft_path", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "num_virtual_tokens",
     "mapping_hidden_dim", "load_in_4bit",
 )  # fmt: skip
+
+
+# The headings of --help, each over the flag that it is named for here.
+HELP_GROUPS = {
+    "model_path": "Model, data and output",
+    "deepspeed": "Strategy",
+    "pipeline_schedule": "Strategy",
+    "loss_type": "Preferences",
+    "lora_used": "Adapter",
+    "peft_mode": "Adapter",
+    "num_train_epochs": "Steps",
+    "learning_rate": "Optimizer",
+    "logging_steps": "Logs, evaluation and checkpoints",
+    "seed": "Computation",
+    "resume_from_checkpoint": "The run",
+}
 
 
 def flag(default, help: str, limit: str | None = None):
@@ -122,6 +139,33 @@ class Arguments:
     resume_from_checkpoint: str = flag("False", "True: the newest complete one in output_dir; or a checkpoint folder")
     use_cpu: bool = flag(False, "leave the GPUs alone")
     report_to: Literal["tensorboard", "none"] = flag("tensorboard", "where the loss curve is shown")
+
+
+class Parser(HfArgumentParser):
+    """Its --help has a line for each flag, with the default, in groups."""
+
+    def format_help(self) -> str:
+        lines = [f"usage: python {self.prog} [--flag value ...]"]
+        group = None
+        for flag in fields(Arguments):
+            if HELP_GROUPS.get(flag.name, group) != group:
+                group = HELP_GROUPS[flag.name]
+                lines += ["", group]
+            lines.append(describe_flag(flag))
+        return "\n".join(lines) + "\n"
+
+
+def describe_flag(flag) -> str:
+    """Its name and default, then what it does, its choices and the limit of a number."""
+    default = getattr(flag.default, "value", flag.default)
+    if default is None:
+        default = "none"
+    text = flag.metadata["help"]
+    if get_origin(flag.type) is Literal:
+        text += f" ({', '.join(get_args(flag.type))})"
+    if "metavar" in flag.metadata:
+        text += f" ({flag.metadata['metavar']})"
+    return textwrap.fill(f"  {f'--{flag.name} {default}':40}  {text}", width=120, subsequent_indent=" " * 44)
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -1100,7 +1144,7 @@ def set_former_run_aside(output_dir: Path, checkpoint: Path | None) -> None:
 
 
 def main() -> None:
-    parser = HfArgumentParser(
+    parser = Parser(
         Arguments, usage="%(prog)s [--flag value ...]", allow_abbrev=False, exit_on_error=False
     )  # fmt: skip
     is_first = os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ

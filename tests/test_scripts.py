@@ -110,6 +110,27 @@ def test_the_training_scripts_have_one_table_of_flags_and_defaults():
         assert fields == defaults
 
 
+@pytest.mark.parametrize("name", TRAINING)
+def test_help_has_each_flag_once_with_its_default_in_groups_on_two_screens(name):
+    script = importlib.import_module(name.removesuffix(".py"))
+    text = script.Parser(script.Arguments).format_help()
+    lines = text.splitlines()
+    assert len(lines) <= 2 * 40 and max(map(len, lines)) <= 120
+    shown = {}
+    for line in lines:
+        if line.startswith("  --"):
+            flag, default = line.split(maxsplit=2)[:2]
+            assert flag not in shown
+            shown[flag.removeprefix("--")] = default
+    fields = {field.name: field for field in dataclasses.fields(script.Arguments)}
+    assert list(shown) == list(fields)
+    assert shown["lr_scheduler_type"] == "cosine" and shown["per_device_train_batch_size"] == "8"
+    assert shown["output_dir"] == f"outputs/{script.__name__}" and shown["eval_dataset_path"] == "none"
+    headings = [line for line in lines if line and not line.startswith((" ", "usage"))]
+    assert len(set(headings)) == len(headings) >= 5
+    assert "flash_attention_3" in text and "(auto, True, False)" in text
+
+
 def test_flags_have_the_names_that_transformers_gives_them():
     """Of all flags, only those without a counterpart in TrainingArguments have names of our own."""
     from transformers import TrainingArguments

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # For programs that tests start (not for the workers of xdist, which inherit the environment, too): see the file there.
 WITHOUT_BITSANDBYTES = {"PYTHONPATH": str(ROOT / "tests" / "without_bitsandbytes")}
 FSDP, LORA, ZERO = "finetune_pp_peft_trainer", "finetune_pp_peft_trainer_lora", "finetune_pp_peft_trainer_deepspeed"
+DPO = "finetune_pp_dpo_trainer"
 STRATEGIES = {
     "FSDP2": (FSDP, []),
     "FSDP2+LoRA": (LORA, []),
@@ -42,7 +43,10 @@ STRATEGIES = {
     "1F1B+LoRA": ("finetune_pp_1f1b", ["--lora_used", "True"]),
     "plain": ("finetune_pp", []),
     "plain PEFT": ("finetune_pp_peft", []),
+    "FSDP2+LoRA DPO": (DPO, ["--dataset_path", "{pairs}"]),
+    "ZeRO-3 DPO": (DPO, ["--dataset_path", "{pairs}", "--deepspeed", "{zero3}", "--lora_used", "False"]),
 }
+PREFERENCES = ("finetune_pp_dpo", DPO)  # scripts that learn from pairs
 NUM_STEPS = 12  # four epochs of three steps
 COMMON = ["--learning_rate", 1e-2, "--use_cpu", "True", "--report_to", "none", "--bf16", "False"]
 
@@ -217,11 +221,13 @@ class Runs:
 
     def __init__(self, folder: Path):
         from conftest import random_rows, save_rows, save_tiny_model  # which imports this module
+        from preference_rows import random_pairs, save_preferences
 
         self.folder, self.made = folder, {}
         self.parts = {"tied": save_tiny_model(folder / "tied", tied=True), "untied": save_tiny_model(folder / "untied")}
         self.parts |= {"rows": save_rows(random_rows(22), folder / "rows")}
         self.parts |= {"eval": save_rows(random_rows(7, seed=3), folder / "eval")}
+        self.parts |= {"pairs": save_preferences(random_pairs(22), folder / "pairs")}
         for stage in (2, 3):
             config = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
             if stage == 3:  # else DeepSpeed would leave the tensors of a small model whole

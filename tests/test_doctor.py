@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import ROOT, make_tokenizer, random_rows, run_script, save_rows, save_tiny_model
+from preference_rows import random_pairs, save_preferences
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -217,11 +218,21 @@ def test_mistakes_end_with_one_message():
         ("finetune_pp_peft_trainer_lora.py", ["--num_processes", 2]),
         ("finetune_pp_peft_trainer_deepspeed.py", ["--lora_used", True]),
         ("finetune_pp_peft_trainer_deepspeed.py", ["--deepspeed", "ds_configs/zero2.json", "--num_processes", 2]),
+        ("finetune_pp_dpo.py", []),
+        ("finetune_pp_dpo.py", ["--lora_used", False]),
+        ("finetune_pp_dpo_trainer.py", ["--num_processes", 2]),
     ],
 )
 def test_a_good_run_is_rehearsed_and_leaves_nothing(script, flags, tmp_path):
     rows = [{"input_ids": row["input_ids"] + [2], "labels": row["labels"] + [2]} for row in random_rows(22)]
     model, data = save_tiny_model(tmp_path / "model"), save_rows(rows, tmp_path / "rows")
+    if "dpo" in script:
+        pairs = random_pairs(22)
+        for row in pairs:
+            for answer in ("chosen", "rejected"):
+                row[f"{answer}_ids"].append(2)
+                row[f"{answer}_labels"].append(2)
+        data = save_preferences(pairs, tmp_path / "rows")
     own = [word for i, word in enumerate(flags) if "--num_processes" in (word, flags[i - 1] if i else "")]
     rest = [word for word in flags if word not in own]
     completed = run_script("tools/doctor.py", *own, "--", script, "--model_path", model, "--dataset_path", data,

@@ -22,8 +22,10 @@ import torch
 from conftest import ROOT, random_rows, save_rows, save_tiny_model
 from harness import (
     COMMON,
+    DPO,
     FSDP,
     LORA,
+    PREFERENCES,
     WITHOUT_BITSANDBYTES,
     ZERO,
     Runs,
@@ -32,6 +34,7 @@ from harness import (
     steps_in,
     weights_of,
 )
+from preference_rows import random_pairs, save_preferences
 from safetensors.torch import load_file
 
 from finetune_pp import find_damage, list_checkpoints  # the same in every script
@@ -46,9 +49,11 @@ SCRIPTS = {
     "finetune_pp": [],
     "finetune_pp_peft": [],
     "finetune_pp_1f1b": [],
+    "finetune_pp_dpo": [],
     FSDP: [],
     LORA: [],
     ZERO: ["--deepspeed", ROOT / "ds_configs" / "zero2.json"],
+    DPO: [],
 }
 
 
@@ -79,7 +84,10 @@ class ForkedRuns:
     def __init__(self, script: str, folder: Path):
         self.folder = folder
         self.model = save_tiny_model(folder / "model")
-        self.rows = save_rows(random_rows(22), folder / "rows")
+        if script in PREFERENCES:
+            self.rows = save_preferences(random_pairs(22), folder / "rows")
+        else:
+            self.rows = save_rows(random_rows(22), folder / "rows")
         self.script = script
         self.script_flags = SCRIPTS[script]
         library = folder / "watch_files.so"
@@ -325,7 +333,7 @@ def runs(tmp_path_factory) -> Runs:
     return Runs(tmp_path_factory.mktemp("random kills"))
 
 
-@pytest.mark.parametrize("strategy", ["FSDP2", "FSDP2+LoRA", "ZeRO-2", "ZeRO-3", "1F1B"])
+@pytest.mark.parametrize("strategy", ["FSDP2", "FSDP2+LoRA", "ZeRO-2", "ZeRO-3", "1F1B", "ZeRO-3 DPO"])
 def test_kills_of_two_processes_at_random_moments_never_leave_half_a_checkpoint(strategy, runs, tmp_path):
     seed = random.randrange(10**6)
     print(f"{strategy}: seed {seed}")

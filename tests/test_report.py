@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT, run_script
+from preference_rows import random_pairs, save_preferences
 from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -144,12 +145,16 @@ def test_mistakes_are_reported_together_and_nothing_is_written(tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_runs_of_all_six_scripts_are_shown_together(tiny_model, tiny_set, tmp_path):
+def test_runs_of_all_scripts_are_shown_together(tiny_model, tiny_set, tmp_path):
+    pairs = save_preferences(random_pairs(22), tmp_path / "pairs")
     scripts = ["finetune_pp", "finetune_pp_peft", "finetune_pp_peft_trainer", "finetune_pp_peft_trainer_lora"]
-    scripts += ["finetune_pp_peft_trainer_deepspeed", "finetune_pp_1f1b"]
+    scripts += ["finetune_pp_peft_trainer_deepspeed", "finetune_pp_1f1b", "finetune_pp_dpo", "finetune_pp_dpo_trainer"]
     for script in scripts:
-        run_script(f"{script}.py", "--model_path", tiny_model, "--dataset_path", tiny_set, "--eval_dataset_path",
-                   tiny_set, "--eval_steps", 2, "--output_dir", tmp_path / script, *FAST)  # fmt: skip
+        rows = tiny_set
+        if "dpo" in script:
+            rows = pairs
+        run_script(f"{script}.py", "--model_path", tiny_model, "--dataset_path", rows, "--eval_dataset_path",
+                   rows, "--eval_steps", 2, "--output_dir", tmp_path / script, *FAST)  # fmt: skip
     run_script("tools/report.py", *(tmp_path / script for script in scripts), "--output_dir", tmp_path / "report")
     for script in scripts:
         run = report.read_run(tmp_path / script)

@@ -312,7 +312,14 @@ def parse(script: str, flags: list[str]):
 
 
 def split_documents(row: dict) -> list[tuple[list[int], list[int]]]:
-    """(ids, labels) of each document of a row; a packed row has several."""
+    """(ids, labels) of each document of a row; a packed row has several, and a row of preferences one an answer."""
+    if "prompt_ids" in row:
+        prompt = row["prompt_ids"].tolist()
+        documents = []
+        for answer in ("chosen", "rejected", "completion"):
+            if f"{answer}_ids" in row:
+                documents.append((prompt + row[f"{answer}_ids"].tolist(), row[f"{answer}_labels"].tolist()))
+        return documents
     ids = row["input_ids"].tolist()
     labels = row["labels"].tolist()
     starts = [0]
@@ -328,13 +335,16 @@ def check_data(args) -> list[Check]:
     """EOS is learned, and no document begins with two BOS, in the first 200 rows."""
     from transformers import AutoTokenizer
 
-    from data_collator import TokenizedDataset
+    from data_collator import PreferenceDataset, TokenizedDataset
 
     tokenizer = AutoTokenizer.from_pretrained(args.model_path, trust_remote_code=False)
-    passage_length = 0
-    if args.random_passage:
-        passage_length = args.passage_length
-    dataset = TokenizedDataset(args.dataset_path, passage_length=passage_length)
+    draws_passages = getattr(args, "random_passage", False)
+    if hasattr(args, "loss_type"):
+        dataset = PreferenceDataset(args.dataset_path)
+    elif draws_passages:
+        dataset = TokenizedDataset(args.dataset_path, passage_length=args.passage_length)
+    else:
+        dataset = TokenizedDataset(args.dataset_path)
     documents = []
     for number in range(min(200, len(dataset))):
         documents += split_documents(dataset[number])
@@ -346,7 +356,7 @@ def check_data(args) -> list[Check]:
         if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
             num_doubled += 1
 
-    if num_taught == len(documents) or args.random_passage:
+    if num_taught == len(documents) or draws_passages:
         level = OK
     elif num_taught > 0:
         level = NOTE
@@ -363,6 +373,8 @@ def check_loss(args, history: list[dict]) -> list[Check]:
     """The first loss is that of a model that knows something."""
     from transformers import AutoConfig
 
+    if hasattr(args, "loss_type"):
+        return []  # a loss from preferences says nothing about that
     guessing = math.log(AutoConfig.from_pretrained(args.model_path, trust_remote_code=False).vocab_size)
     loss = history[0]["loss"]
     if loss < 0.9 * guessing:
@@ -480,6 +492,7 @@ def report(title: str, checks: list[Check]) -> bool:
     return is_good
 
 
+ONE_PROCESS = ("finetune_pp.py", "finetune_pp_peft.py", "finetune_pp_dpo.py")
 USAGE = "tools/doctor.py [--num_processes N] [--json FILE] [-- SCRIPT --flag value ...]"
 
 
@@ -505,7 +518,7 @@ def read_command(words: list[str]) -> tuple[int, str | None, list[str]]:
     scripts = sorted(path.name for path in ROOT.glob("finetune_*.py"))
     if command and command[0] not in scripts:
         sys.exit(f"error: {command[0]}: behind -- stands one of {', '.join(scripts)}, and its flags")
-    if int(num_processes) > 1 and command and command[0] in ("finetune_pp.py", "finetune_pp_peft.py"):
+    if int(num_processes) > 1 and command and command[0] in ONE_PROCESS:
         sys.exit(f"error: --num_processes {num_processes}: {command[0]} is one process, on as many GPUs as it needs")
     return int(num_processes), flags["--json"], command
 

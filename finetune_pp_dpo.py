@@ -862,7 +862,7 @@ def compute_reference(args: Arguments, model, compute_logps, dataset, device: to
 def sigmoid_loss(args: Arguments, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """DPO, equation 7 of arXiv:2305.18290: -log sigmoid(beta (chosen - rejected)).
 
-    With --label_smoothing e, the two answers are swapped with probability e (conservative DPO, equation 3 of
+    With --label_smoothing e, the two answers are swapped with probability e (conservative DPO,
     https://ericmitchell.ai/cdpo.pdf). TRL's DPOTrainer has left that out since; its CPOTrainer has it.
     """
     margins = args.beta * (chosen - rejected)

@@ -300,10 +300,10 @@ def test_logits_of_all_targets_never_exist(lora_used, parts, monkeypatch):
 MEASURES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
 
 
-def run_dpo(parts, out: Path, loss_type: str, *flags, **options):
+def run_dpo(parts, out: Path, loss_type: str, *flags, script: str = "finetune_pp_dpo.py", **options):
     common = [*flags_of(parts, loss_type), "--num_train_epochs", 2, "--learning_rate", 1e-2]
     common += ["--eval_dataset_path", parts[f"eval {data_of(loss_type)}"], "--eval_steps", 3]
-    return run_script("finetune_pp_dpo.py", *common, *flags, "--output_dir", out, **options)
+    return run_script(script, *common, *flags, "--output_dir", out, **options)
 
 
 def assert_same_run(folder: Path, reference: Path) -> None:
@@ -315,7 +315,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         assert other["num_input_tokens_seen"] == row["num_input_tokens_seen"]
         for name in row.keys() - {"grad_norm"}:
             assert other[name] == pytest.approx(row[name], rel=1e-4, abs=1e-5), name
-    start = load_file(reference / "checkpoint-1" / "trainable.safetensors")  # step 1 has rate 0
+    start = weights_of(reference / "checkpoint-1")  # step 1 has rate 0
     weights = weights_of(reference)
     for name, tensor in weights_of(folder).items():
         travelled = (weights[name] - start[name]).norm()
@@ -355,6 +355,63 @@ def test_evaluation_weighs_every_row_the_same(parts):
         assert found[1] == pytest.approx(found[0], rel=1e-5, abs=1e-6)
         assert found[2] == pytest.approx(found[0], rel=1e-5, abs=1e-6)
         assert found[0]["eval_loss"] == pytest.approx(compute(args, model, list(dataset))[0], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def adapter(parts) -> Path:
+    """An adapter that has been trained, with a dropout of its own."""
+    _, _, model = prepare(parts, "sigmoid", "--lora_alpha", 32)
+    model.peft_config["default"].lora_dropout = 0.05
+    model.save_pretrained(parts["folder"] / "adapter")
+    return parts["folder"] / "adapter"
+
+
+ZERO2, ZERO3 = (["--deepspeed", f"ds_configs/zero{stage}.json"] for stage in (2, 3))
+IN_SEVERAL_PROCESSES = [
+    ("kto", [], []),
+    ("sigmoid", ["--peft_path", "{adapter}"], []),
+    ("sigmoid", ["--peft_path", "{adapter}"], ZERO3),
+    pytest.param("kto", ["--lora_used", "False"], [], marks=pytest.mark.slow),
+    pytest.param("kto", ["--peft_path", "{adapter}"], ZERO2, marks=pytest.mark.slow),
+    pytest.param("ipo", ["--precompute_reference", "True", "--peft_path", "{adapter}"], [], marks=pytest.mark.slow),
+    pytest.param("orpo", ["--lora_used", "False"], ZERO3, marks=pytest.mark.slow),
+    pytest.param("simpo", [], ZERO2, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("loss_type", "flags", "sharding"), IN_SEVERAL_PROCESSES)
+def test_two_processes_give_the_numbers_of_one(loss_type, flags, sharding, parts, adapter, tmp_path):
+    """Losses and kinds of reference that tests/test_equivalence.py leaves out; each computes its own reference."""
+    flags = [flag.format(adapter=adapter) for flag in flags]
+    whole = tmp_path / "whole"
+    run_dpo(parts, whole, loss_type, *flags, "--save_steps", 1, "--save_total_limit", 99)
+    for name in ("", "eval "):
+        for path in reference_files(parts[name + data_of(loss_type)]):
+            path.unlink()
+    cut = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--per_device_eval_batch_size", 2]
+    trainer = {"script": "finetune_pp_dpo_trainer.py", "num_processes": 2}
+    run_dpo(parts, tmp_path / "two", loss_type, *flags, *sharding, *cut, **trainer)
+    assert_same_run(tmp_path / "two", whole)
+    assert history_of(whole)[0]["loss"] != history_of(whole)[-1]["loss"]
+
+
+@pytest.mark.parametrize("lora_used", [True, False])
+@pytest.mark.parametrize("sharding", [None, [], ZERO3])
+def test_in_bf16_losses_are_float32_and_near_those_of_float32(lora_used, sharding, parts, tmp_path):
+    """Log-probabilities of documents are sums of hundreds, of which bf16 would keep two digits."""
+    flags = ["--lora_used", lora_used, "--max_steps", 3, "--learning_rate", 1e-3]
+    script = "finetune_pp_dpo.py"
+    if sharding is not None:
+        script = "finetune_pp_dpo_trainer.py"
+        flags += sharding
+    run_dpo(parts, tmp_path / "bf16", "sigmoid", *flags, "--bf16", "True", script=script)
+    run_dpo(parts, tmp_path / "float32", "sigmoid", *flags, script=script)
+    found, expected = history_of(tmp_path / "bf16"), history_of(tmp_path / "float32")
+    for row, other in zip(found, expected, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=2e-2)
+        assert row["logps/chosen"] == pytest.approx(other["logps/chosen"], rel=1e-2)
+    # The reference begins as the policy, and both are computed alike.
+    assert found[0]["loss"] == pytest.approx(math.log(2), abs=1e-6 if lora_used else 1e-2)
 
 
 NUM_STEPS = 30

@@ -116,7 +116,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the tests that start programs, which scripts/test.sh runs last: they use one of these names."""
-    starters = {"run_script", "Runs", "runs", "sample_model", "subprocess", "start_script", "reference"}
+    starters = {"run_script", "Runs", "runs", "sample_model", "subprocess", "start_script", "reference", "run_dpo"}
     for item in items:
         used = {*item.function.__code__.co_names, *item.fixturenames}
         names = ("test_quickstart.py", "test_docs.py", "test_doctor.py", "test_launchers.py")

@@ -315,6 +315,9 @@ class NumberedRows:
     def __len__(self) -> int:
         return self.first_rows[-1]
 
+    def filler_row(self) -> dict:
+        return data_collator.filler_row(self.packed)
+
     def read(self, index: int, num_pass: int) -> tuple[int, int]:
         return index, num_pass
 

@@ -369,7 +369,7 @@ def adapter(parts) -> Path:
 ZERO2, ZERO3 = (["--deepspeed", f"ds_configs/zero{stage}.json"] for stage in (2, 3))
 IN_SEVERAL_PROCESSES = [
     ("kto", [], []),
-    ("sigmoid", ["--peft_path", "{adapter}"], []),
+    pytest.param("sigmoid", ["--peft_path", "{adapter}"], [], marks=pytest.mark.slow),
     ("sigmoid", ["--peft_path", "{adapter}"], ZERO3),
     pytest.param("kto", ["--lora_used", "False"], [], marks=pytest.mark.slow),
     pytest.param("kto", ["--peft_path", "{adapter}"], ZERO2, marks=pytest.mark.slow),
@@ -396,7 +396,7 @@ def test_two_processes_give_the_numbers_of_one(loss_type, flags, sharding, parts
 
 
 @pytest.mark.parametrize("lora_used", [True, False])
-@pytest.mark.parametrize("sharding", [None, [], ZERO3])
+@pytest.mark.parametrize("sharding", [None, [], pytest.param(ZERO3, marks=pytest.mark.slow)])
 def test_in_bf16_losses_are_float32_and_near_those_of_float32(lora_used, sharding, parts, tmp_path):
     """Log-probabilities of documents are sums of hundreds, of which bf16 would keep two digits."""
     flags = ["--lora_used", lora_used, "--max_steps", 3, "--learning_rate", 1e-3]

@@ -675,7 +675,7 @@ def test_mistakes_are_reported_together(tmp_path, monkeypatch, capsys):
         "--batch 0",
         "--target_share 2.0",
         "--network fast: a number of GB/s above 0, or one of none, 1gbe",
-        "--strategy DDP: choose from all, full, lora, pp",
+        "--strategy DDP: choose from all, full, lora, dpo, pp",
         "--gpu_memory 48.0: a card of your own needs all three",
         "--ask price: choose from best, models, context, gpus",
         "none.csv: not a CSV file",

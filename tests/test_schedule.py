@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import random_rows, save_rows
 from harness import STRATEGIES, Runs, history_of, weights_of
+from preference_rows import random_pairs, save_preferences
 
 from finetune_pp import Arguments, check_rates, make_schedule
 
@@ -100,7 +101,10 @@ def test_a_single_row_is_trained(strategy, runs, tmp_path):
 @pytest.mark.parametrize("name", sorted({script for script, _ in STRATEGIES.values()}))
 def test_a_rate_that_stays_zero_ends_every_script_before_it_begins(name, tiny_model, tiny_set, tmp_path):
     script = importlib.import_module(name)
-    args = script.Arguments(model_path=str(tiny_model), dataset_path=str(tiny_set), output_dir=str(tmp_path / "out"))
+    rows = tiny_set
+    if hasattr(script.Arguments, "loss_type"):
+        rows = save_preferences(random_pairs(8), tmp_path / "pairs")
+    args = script.Arguments(model_path=str(tiny_model), dataset_path=str(rows), output_dir=str(tmp_path / "out"))
     args.use_cpu, args.max_steps, args.warmup_steps = True, 1, 5
     with pytest.raises(ValueError, match="--warmup_steps 5: the rate is 0 in all optimizer steps"):
         script.check_arguments(args)

@@ -1,7 +1,7 @@
 """README.md, README_zh.md and docs/: every command is run as it stands there. Figures are those that were printed.
 
 The commands run in a copy of the repository whose sample model is tiny, one page after the other, where the quickstart
-has been run. Those of a minute and more have the marker `slow`. NOT_RUN names those that cannot run here, and says why.
+has been run. Those of docs/, and those of a minute and more, have the marker `slow`. NOT_RUN names those that cannot run here, and says why.
 """
 
 import json
@@ -132,7 +132,9 @@ def run_here(command: str, repository: Path) -> None:
     assert completed.returncode == 0, f"{command}\n{completed.stdout}\n{completed.stderr}"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [page if page == "README.md" else pytest.param(page, marks=pytest.mark.slow) for page in PAGES]
+)
 def test_the_commands_of_a_page_run(page, repository):
     """As printed, one after the other, without those that other pages have run before."""
     for command in commands_of(page):

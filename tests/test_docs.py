@@ -1,7 +1,7 @@
 """README.md, README_zh.md and docs/: every command is run as it stands there. Figures are those that were printed.
 
 The commands run in a copy of the repository whose sample model is tiny, one page after the other, where the quickstart
-has been run. Those of docs/, and those of a minute and more, have the marker `slow`. NOT_RUN names those that cannot run
+has been run. Those of docs/, and those of a minute and more, are marked `slow`. NOT_RUN names those that cannot run
 here, and says why.
 """
 

@@ -693,14 +693,20 @@ def load_model(args: Arguments, checkpoint: Path | None) -> torch.nn.Module:
     folder = args.model_path
     if checkpoint and not args.lora_used and not args.deepspeed:
         folder = checkpoint
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation=kernel,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # check_loading says it
-        output_loading_info=True,
-    )
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=kernel,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # check_loading says it
+            output_loading_info=True,
+        )
+    except RuntimeError as problem:
+        if "size mismatch" not in str(problem):  # ZeRO-3's loading raises it, whatever it is told to ignore
+            raise
+        mismatch = str(problem).splitlines()[1].strip()
+        sys.exit(f"error: --model_path {args.model_path}: {mismatch}")
     check_loading(args, loading)
     if args.attn_implementation == "auto" and args.padding_free:
         data_collator.attend_inside_documents(model, args.torch_compile)

@@ -650,14 +650,20 @@ def load_model(args: Arguments) -> torch.nn.Module:
     dtype = torch.float32
     if computes_in_bf16(args):
         dtype = torch.bfloat16
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        args.model_path,
-        dtype=dtype,
-        attn_implementation=kernel,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # check_loading says it
-        output_loading_info=True,
-    )
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            args.model_path,
+            dtype=dtype,
+            attn_implementation=kernel,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # check_loading says it
+            output_loading_info=True,
+        )
+    except RuntimeError as problem:
+        if "size mismatch" not in str(problem):  # ZeRO-3's loading raises it, whatever it is told to ignore
+            raise
+        mismatch = str(problem).splitlines()[1].strip()
+        sys.exit(f"error: --model_path {args.model_path}: {mismatch}")
     check_loading(args, loading)
     if args.attn_implementation == "auto" and args.padding_free:
         data_collator.attend_inside_documents(model, args.torch_compile)

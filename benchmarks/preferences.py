@@ -11,10 +11,10 @@ the same token ids of a paired set, the same model in float32, the same threads,
 or with --mode full a second model. All else is as each has it by itself; with --checkpointing own, TRL recomputes
 activations, which it does by itself, and ours does not.
 
-Speed: real tokens of all steps but the first, by their time; beside it by their CPU time, which hardly changes where
-other programs take the cores (with --threads 1: waiting threads take CPU time, too). Ratios are ours / TRL's within one round, and the median
-over the rounds is shown. The peak is the process's resident memory; with --return_memory True the allocator keeps
-nothing that is freed, so it is what is held, and both are slower: measure the speed without it.
+Speed: real tokens of all steps but the first, by their time; and by their CPU time, which changes less where other
+programs take the cores (with --threads 1, since threads that wait take CPU time, too). Ratios are ours / TRL's within
+one round, and the median over the rounds is shown. The peak is the process's resident memory; with --return_memory True
+the allocator keeps nothing that is freed, so it is what is held, and both are slower: measure the speed without it.
 """
 
 import json
@@ -164,9 +164,8 @@ def run_rounds(args: Arguments, folder: Path) -> None:
         ratios = []
         for ours, trl in zip(results["ours"], results["trl"], strict=True):
             ratios.append(ours["tokens_per_cpu_second"] / trl["tokens_per_cpu_second"])
-        print(
-            f"real tokens a second of CPU time, ours / TRL's, by round: {' '.join(f'{ratio:.2f}' for ratio in ratios)}"
-        )
+        by_round = " ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"real tokens a second of CPU time, ours / TRL's, by round: {by_round}")
         tokens = {name: sum(rounds[-1]["real_tokens"]) for name, rounds in results.items()}
         if tokens["ours"] != tokens["trl"]:
             print(f"trl trained on {tokens['trl']} real tokens, ours on {tokens['ours']}")

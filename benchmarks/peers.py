@@ -31,8 +31,9 @@ PAD_ID = 0  # the copied model's pad token; torchtune and LitGPT pad with this i
 def measure(log: str, num_steps: int) -> None:
     """Writes one JSON line for each optimizer step into `log`, and ends the process after the last one.
 
-    A line has the time by the clock, the real tokens that were embedded for it (what is not padding), all positions,
-    the precision of the computation and the most memory that the process has held until then, in bytes.
+    A line has the time by the clock and that of the CPU, the real tokens that were embedded for it (what is not
+    padding), all positions, the precision of the computation and the most memory that the process has held until then,
+    in bytes.
     """
     seen = {"real_tokens": 0, "positions": 0}
     embed = torch.nn.Embedding.forward
@@ -49,7 +50,7 @@ def measure(log: str, num_steps: int) -> None:
 
     def write_step(*_) -> None:
         memory = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-        steps.append({"time": time.time(), "memory": memory} | seen)
+        steps.append({"time": time.time(), "cpu_seconds": time.process_time(), "memory": memory} | seen)
         seen.update(real_tokens=0, positions=0)
         if len(steps) == num_steps:
             Path(log).write_text("".join(json.dumps(step) + "\n" for step in steps))

@@ -11,9 +11,10 @@ the same token ids of a paired set, the same model in float32, the same threads,
 or with --mode full a second model. All else is as each has it by itself; with --checkpointing own, TRL recomputes
 activations, which it does by itself, and ours does not.
 
-Speed: real tokens of all steps but the first, by their time. Ratios are ours / TRL's within one round, and the median
-over the rounds is shown. The peak is the process's resident memory; with --return_memory True the allocator keeps
-nothing that is freed, so it is what is held, and both are slower: measure the speed without it.
+Speed: real tokens of all steps but the first, by their time; and by their CPU time, which changes less where other
+programs take the cores (with --threads 1, since threads that wait take CPU time, too). Ratios are ours / TRL's within
+one round, and the median over the rounds is shown. The peak is the process's resident memory; with --return_memory True
+the allocator keeps nothing that is freed, so it is what is held, and both are slower: measure the speed without it.
 """
 
 import json
@@ -143,7 +144,10 @@ def run_system(args: Arguments, name: str, model: Path, sets: tuple[str, str], f
                          f"{finished.stderr[-4000:]}")  # fmt: skip
     steps = [json.loads(line) for line in log.read_text().splitlines()]
     shutil.rmtree(folder)
-    return measure_steps(name, steps, started)
+    measured = measure_steps(name, steps, started)
+    cpu_seconds = steps[-1]["cpu_seconds"] - steps[0]["cpu_seconds"]
+    measured["tokens_per_cpu_second"] = sum(measured["real_tokens"][1:]) / cpu_seconds
+    return measured
 
 
 def run_rounds(args: Arguments, folder: Path) -> None:
@@ -157,6 +161,11 @@ def run_rounds(args: Arguments, folder: Path) -> None:
             results[name].append(run_system(args, name, model, sets, folder / f"{name}-{number}"))
         summary = summarize(results)
         print_table(summary)  # after each round: an interrupted benchmark has told something
+        ratios = []
+        for ours, trl in zip(results["ours"], results["trl"], strict=True):
+            ratios.append(ours["tokens_per_cpu_second"] / trl["tokens_per_cpu_second"])
+        by_round = " ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"real tokens a second of CPU time, ours / TRL's, by round: {by_round}")
         tokens = {name: sum(rounds[-1]["real_tokens"]) for name, rounds in results.items()}
         if tokens["ours"] != tokens["trl"]:
             print(f"trl trained on {tokens['trl']} real tokens, ours on {tokens['ours']}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -107,7 +108,9 @@ def sample_model() -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Deletes the locks of compilations that were killed: every test with DeepSpeed would wait for them for ever."""
+    """Ctrl-C works in what tests start, and no test waits for a compilation that was killed."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's doing, in the background; programs inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):  # once, not in each worker of xdist
         for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).glob("**/lock"):
             if time.time() - lock.stat().st_mtime > 600:

@@ -28,13 +28,19 @@ export TRANSFORMERS_VERBOSITY=${TRANSFORMERS_VERBOSITY:-error} PYTHONWARNINGS=${
 log "model: $model"
 $python tools/get_sample_model.py
 
-for split in train test; do
-  log "data: data_sample/tokenized/triage_$split"
-  if [ -f "data_sample/tokenized/triage_$split/ledger.json" ]; then
+# The pairs of answers are what finetune_pp_dpo.py learns from; this script trains on the questions.
+for name in triage_train triage_test preference_train preference_test; do
+  log "data: data_sample/tokenized/$name"
+  case $name in
+    triage_*) format=mcq input=data_sample/$name.jsonl ;;
+    preference_train) format=preference input=data_sample/preference_zh_en.jsonl ;;
+    preference_test) format=preference input=data_sample/preference_zh_en_test.jsonl ;;
+  esac
+  if [ -f "data_sample/tokenized/$name/ledger.json" ]; then
     echo "already there"
   else
-    $python data_sample/tokenize_dataset.py --format mcq --input "data_sample/triage_$split.jsonl" \
-      --tokenizer_path "$model" --output "data_sample/tokenized/triage_$split"
+    $python data_sample/tokenize_dataset.py --format "$format" --input "$input" \
+      --tokenizer_path "$model" --output "data_sample/tokenized/$name"
   fi
 done
 

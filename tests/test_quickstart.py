@@ -75,6 +75,11 @@ def test_the_quickstart_goes_from_a_model_to_a_table(repository, tmp_path):
     history = json.loads((run_folder / "trainer_state.json").read_text())["log_history"]
     assert history[: len(saved)] == saved and len(history) == 45  # the training went on; it did not begin again
     assert "<svg" in (repository / "outputs/quickstart/gain.svg").read_text(encoding="utf-8")
+    scripts = sorted(repository.glob("finetune_pp*.py"))
+    defaults = [re.search(r' dataset_path: str = flag\("([^"]+)"', path.read_text())[1] for path in scripts]
+    assert {"data_sample/tokenized/triage_train", "data_sample/tokenized/preference_train"} == set(defaults)
+    for dataset_path in defaults:  # each script can be started without a flag now
+        assert (repository / dataset_path / "ledger.json").is_file()
 
     receipt = (run_folder / "run.json").stat().st_mtime_ns
     again = run("sh scripts/quickstart.sh", repository / "scripts" / "..")

@@ -40,6 +40,7 @@ LOGITS_PER_CHUNK_ON_GPU = 2**27  # 0.5 GB in float32: each chunk adds to the who
 # What a batch of preferences has for the model; the rest is for the loss.
 MODEL_INPUTS = (
     "input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+    "key_positions",
 )  # fmt: skip
 
 
@@ -147,7 +148,7 @@ class PreferenceFolder(TokenizedFolder):
     }  # fmt: skip
 
     def choose_columns(self, table) -> dict:
-        """Sets `answers`, too: the names of the answers that a row has."""
+        """The columns that are read, by their names; sets `answers`, too: the names of the answers that a row has."""
         names = table.column_names
         self.answers = ("chosen", "rejected")
         if "completion_ids" in names:
@@ -433,7 +434,8 @@ class PreferenceDataset(TokenizedDataset):
     Folders, parts, mixes, arguments and errors are those of TokenizedDataset. A row has int64 tensors of ids and
     labels by the names of its columns, and
       label            of an unpaired row: 1 if its answer is desirable, else 0
-      mismatched_ids, mismatched_labels   of an unpaired row: an answer to another prompt, for KTO's estimate
+      mismatched_ids, mismatched_labels   of an unpaired row: an answer to another prompt, for KTO's estimate, cut
+                       where the model would have no position for it
       reference_logps  what keep_reference was given, if it was
     """
 
@@ -446,6 +448,7 @@ class PreferenceDataset(TokenizedDataset):
             raise ValueError("it mixes paired and unpaired sets; choose sets of one kind")
         (self.answers,) = kinds
         self.is_paired = self.answers == ("chosen", "rejected")
+        self.context = find_context(config)
         self.reference_logps = None
 
     def keep_reference(self, logps: torch.Tensor) -> None:
@@ -465,8 +468,9 @@ class PreferenceDataset(TokenizedDataset):
             folder, place, _ = self.locate(index, 0)
             row["label"] = torch.tensor(int(folder.columns["label"][place].as_py()))
             other = self.find_mismatched(index)
-            row["mismatched_ids"] = self.read_column(other, "completion_ids")
-            row["mismatched_labels"] = self.read_column(other, "completion_labels")
+            room = int(min(self.context - len(row["prompt_ids"]), len(self.read_column(other, "completion_ids"))))
+            row["mismatched_ids"] = self.read_column(other, "completion_ids")[:room]
+            row["mismatched_labels"] = self.read_column(other, "completion_labels")[:room]
         if self.reference_logps is not None:
             row["reference_logps"] = self.reference_logps[index]
         return row
@@ -670,17 +674,26 @@ class PreferenceCollator:
       labels           [rows], 1 for a pair; of an unpaired row 1 if it is desirable, else 0; -100 for a filler row
       reference_logps  [documents], if the rows have them
       mismatched       a batch of the mismatched answers, of unpaired rows only
+
+    Args:
+        padding_free: as of DataCollator.
+        shares_prompts: a pair is [prompt, chosen answer, rejected answer] in a padding-free row, so that the prompt is
+            computed once; only where can_share_prompts says that the model gives the same numbers.
     """
 
-    def __init__(self, padding_free: bool):
+    def __init__(self, padding_free: bool, shares_prompts: bool = False):
         self.padding_free = padding_free
+        self.shares_prompts = shares_prompts
 
     def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | int | dict]:
         is_paired = "chosen_ids" in rows[0]
         answers = ["completion"]
         if is_paired:
             answers = ["chosen", "rejected"]
-        batch = self.collate_answers(rows, answers)
+        if is_paired and self.shares_prompts:
+            batch = join_pairs(rows)
+        else:
+            batch = self.collate_answers(rows, answers)
         labels = [row.get("label", torch.tensor(1)) for row in rows]
         batch["labels"] = torch.stack(labels)
         if not is_paired:
@@ -721,7 +734,7 @@ def join(
     """A padding-free batch of rows of any length."""
     labels = torch.cat(labels)
     positions = torch.cat(positions)
-    places_of_targets = torch.nonzero(labels != IGNORE_INDEX).flatten()
+    target_positions = torch.nonzero(labels != IGNORE_INDEX).flatten()
     starts = torch.nonzero(positions == 0).flatten()
     borders = torch.cat([starts, torch.tensor([len(positions)])])
     longest = int(borders.diff().max())
@@ -730,12 +743,59 @@ def join(
         "input_ids": torch.cat(input_ids)[None],
         "labels": labels[None],
         "position_ids": positions[None],
-        "logits_to_keep": places_of_targets - 1,  # the logits at position p predict the token at p + 1
-        "shift_labels": labels[places_of_targets][None],
+        "logits_to_keep": target_positions - 1,  # the logits at position p predict the token at p + 1
+        "shift_labels": labels[target_positions][None],
         "cu_seq_lens_q": borders,
         "cu_seq_lens_k": borders,
         "max_length_q": longest,
         "max_length_k": longest,
+    }
+
+
+def join_pairs(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | int]:
+    """A padding-free batch of pairs with each prompt once: [prompt, chosen answer], [rejected answer] for each row.
+
+    Both answers have the positions behind the prompt. A rejected answer attends to the prompt and to itself, so keys
+    have other borders than queries:
+      cu_seq_lens_q, max_length_q  of [prompt, chosen], [rejected]
+      cu_seq_lens_k, max_length_k  of [prompt, chosen], [prompt, rejected]
+      key_positions                where in the row these keys are
+    The first tokens of both answers are predicted at one position, the prompt's last.
+    """
+    input_ids, position_ids, key_positions = [], [], []
+    lengths_q, lengths_k = [], []
+    predicting, targets, documents = [], [], []
+    start = 0
+    for number, row in enumerate(rows):
+        parts = [row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]]
+        lengths = [len(part) for part in parts]
+        prompt, chosen, rejected = torch.arange(start, start + sum(lengths)).split(lengths)
+        start += sum(lengths)
+        input_ids += parts
+        position_ids += [torch.arange(len(prompt) + len(chosen)), len(prompt) + torch.arange(len(rejected))]
+        key_positions += [prompt, chosen, prompt, rejected]
+        lengths_q += [len(prompt) + len(chosen), len(rejected)]
+        lengths_k += [len(prompt) + len(chosen), len(prompt) + len(rejected)]
+        for answer, name, document in ((chosen, "chosen", number), (rejected, "rejected", len(rows) + number)):
+            before = torch.cat([prompt[-1:], answer[:-1]])  # without a prompt nothing predicts the first token
+            labels = row[f"{name}_labels"][len(answer) - len(before) :]
+            is_target = labels != IGNORE_INDEX
+            predicting.append(before[is_target])
+            targets.append(labels[is_target])
+            documents.append(torch.full((int(is_target.sum()),), document))
+    documents = torch.cat(documents)
+    return {
+        "input_ids": torch.cat(input_ids)[None],
+        "position_ids": torch.cat(position_ids)[None],
+        "logits_to_keep": torch.cat(predicting),
+        "shift_labels": torch.cat(targets)[None],
+        "documents": documents,
+        "lengths": torch.bincount(documents, minlength=2 * len(rows)),
+        "cu_seq_lens_q": torch.tensor([0, *lengths_q]).cumsum(0).to(torch.int32),
+        "cu_seq_lens_k": torch.tensor([0, *lengths_k]).cumsum(0).to(torch.int32),
+        "max_length_q": max(lengths_q),
+        "max_length_k": max(lengths_k),
+        "key_positions": torch.cat(key_positions),
     }
 
 
@@ -774,7 +834,7 @@ def attend_inside_documents(model: torch.nn.Module, is_compiled: bool = False) -
 
 def document_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seq_lens_q=None, max_length_q=None,
-    sliding_window=None, **kwargs
+    cu_seq_lens_k=None, max_length_k=None, key_positions=None, sliding_window=None, **kwargs
 ):  # fmt: skip
     """Causal attention inside each document of a padding-free batch.
 
@@ -782,6 +842,8 @@ def document_attention(
         query, key, value: [1, heads or key-value heads, tokens, size of a head].
         attention_mask: none; the borders say what a mask would.
         cu_seq_lens_q, max_length_q: as DataCollator gives them; a document of length 0 is allowed.
+        cu_seq_lens_k, max_length_k, key_positions: as join_pairs gives them; without the last, a document's keys are
+            at the positions of its queries. The last query of a document sees its last key.
         sliding_window: a token sees that many tokens, itself included.
 
     Returns:
@@ -798,9 +860,17 @@ def document_attention(
     query = query.to(value.dtype)
     key = key.to(value.dtype)
     cu_seq_lens_q = cu_seq_lens_q.flatten()  # the pipeline passes [1, documents + 1]
+    if key_positions is None:
+        cu_seq_lens_k = cu_seq_lens_q
+        max_length_k = max_length_q
+    else:
+        key = key.index_select(2, key_positions.to(key.device))
+        value = value.index_select(2, key_positions.to(value.device))
+    borders = (cu_seq_lens_q, cu_seq_lens_k)
     if has_varlen_kernel(query, value, dropout):
-        return varlen_attention(query, key, value, scaling, cu_seq_lens_q, max_length_q, sliding_window), None
-    return one_document_after_the_other(query, key, value, scaling, dropout, cu_seq_lens_q, sliding_window), None
+        longest = (max_length_q, max_length_k)
+        return varlen_attention(query, key, value, scaling, borders, longest, sliding_window), None
+    return one_document_after_the_other(query, key, value, scaling, dropout, borders, sliding_window), None
 
 
 def has_varlen_kernel(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
@@ -813,8 +883,8 @@ def has_varlen_kernel(query: torch.Tensor, value: torch.Tensor, dropout: float) 
     return head_size % 8 == 0 and head_size <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def varlen_attention(query, key, value, scaling, cu_seq_lens, max_length, sliding_window) -> torch.Tensor:
-    """One kernel for all documents; nothing waits for the GPU."""
+def varlen_attention(query, key, value, scaling, borders, longest, sliding_window) -> torch.Tensor:
+    """One kernel for all documents; nothing waits for the GPU. `borders` and `longest` are of queries and of keys."""
     from inspect import signature
 
     from torch.nn.attention.varlen import varlen_attn
@@ -827,30 +897,31 @@ def varlen_attention(query, key, value, scaling, cu_seq_lens, max_length, slidin
     if sliding_window is not None:
         window = (sliding_window - 1, 0)
     joined = [states[0].transpose(0, 1) for states in (query, key, value)]  # [tokens, heads, size of a head]
-    output = varlen_attn(
-        *joined, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=window, **options
-    )
-    return output[None]
+    return varlen_attn(*joined, *borders, *longest, scale=scaling, window_size=window, **options)[None]
 
 
-def one_document_after_the_other(query, key, value, scaling, dropout, cu_seq_lens, sliding_window) -> torch.Tensor:
+def one_document_after_the_other(query, key, value, scaling, dropout, borders, sliding_window) -> torch.Tensor:
     """The same on a CPU, in float32, or on older GPUs, by scaled_dot_product_attention for each document."""
     num_groups = query.shape[1] // key.shape[1]
     repeats_keys = query.device.type == "cpu" or query.dtype == torch.float32  # where sdpa is slow at groups
     if repeats_keys and num_groups > 1:
         key = key.repeat_interleave(num_groups, dim=1)
         value = value.repeat_interleave(num_groups, dim=1)
-    lengths = cu_seq_lens.diff().tolist()
+    query_lengths, key_lengths = (border.diff().tolist() for border in borders)
     # split, and not slices: the gradient of a slice is as long as the whole row.
-    documents = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    documents = zip(query.split(query_lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2), strict=True)
     outputs = []
-    for length, states in zip(lengths, documents, strict=True):
+    for queries, keys, values in documents:
+        num_before = keys.shape[2] - queries.shape[2]  # keys before the first query's own
         mask = None
-        if sliding_window is not None and length > sliding_window:
-            before = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-            mask = before & ~before.tril(-sliding_window)
+        if num_before > 0 or (sliding_window is not None and keys.shape[2] > sliding_window):
+            mask = torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=query.device).tril(num_before)
+            if sliding_window is not None:
+                mask &= ~mask.tril(num_before - sliding_window)
         output = scaled_dot_product_attention(
-            *states,
+            queries,
+            keys,
+            values,
             attn_mask=mask,
             dropout_p=dropout,
             is_causal=mask is None,
@@ -890,6 +961,32 @@ def check_document_attention(model: torch.nn.Module, vocab_size: int) -> None:
     if moved[:3].max() > 1e-3:
         raise ValueError("the attention of this model looks ahead, so it cannot learn to write; --model_path must be a "
                          "decoder")  # fmt: skip
+
+
+@torch.no_grad()
+def can_share_prompts(model: torch.nn.Module, vocab_size: int) -> bool:
+    """Whether two answers behind one prompt get the logits that they get behind a prompt each: asked by three forwards.
+
+    They need attention inside documents, and layers that mix tokens by attention alone: a recurrence would carry the
+    chosen answer into the rejected one. Call it behind check_document_attention.
+    """
+    if model.config._attn_implementation != "documents":
+        return False
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    prompt, chosen, rejected = (torch.arange(1, 14) % vocab_size).split([5, 3, 5])
+    row = {"chosen_ids": chosen, "chosen_labels": chosen, "rejected_ids": rejected, "rejected_labels": rejected}
+    logits = []
+    for prompt_ids, shares_prompts in ((prompt, True), (prompt, False), (prompt + 1, False)):
+        batch = PreferenceCollator(True, shares_prompts)([row | {"prompt_ids": prompt_ids % vocab_size}])
+        inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+        found = model(**move_to_device(inputs, device), use_cache=False).logits[0]
+        logits.append(found[batch["logits_to_keep"].to(found.device)].float())
+    model.train(was_training)
+    shared, apart, other = logits
+    # Beside what another prompt changes; bf16 rounds to a hundredth of that.
+    return bool((shared - apart).abs().max() <= 0.05 * (other - apart).abs().max())
 
 
 def move_logits(model: torch.nn.Module, vocab_size: int) -> torch.Tensor:
@@ -1139,16 +1236,16 @@ class LossHead(torch.nn.Linear):
 class LogpsHead(torch.nn.Linear):
     """The same for log-probabilities: while `targets` are set, it returns theirs, float32 [targets].
 
-    `places` [targets] are the positions whose next token is a target, counted over all positions of the batch.
+    `positions` [targets] are the positions whose next token is a target, counted over all positions of the batch.
     """
 
-    places: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
     targets: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.targets is None:
             return super().forward(hidden_states)
-        return target_logps(hidden_states.flatten(0, 1)[self.places], self.weight, self.targets)
+        return target_logps(hidden_states.flatten(0, 1)[self.positions], self.weight, self.targets)
 
 
 def add_loss_head(model: torch.nn.Module, head_class: type = LossHead) -> LossHead | LogpsHead | None:
@@ -1190,18 +1287,18 @@ def batch_logps(model: torch.nn.Module, batch: dict, head: LogpsHead | None, **o
     inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     # With a cache, transformers would not notice that a row holds several documents.
     inputs.update(options, use_cache=False)
-    places = batch["logits_to_keep"]
+    positions = batch["logits_to_keep"]
     targets = batch["shift_labels"][0]
     if head is None:
         logits = model(**inputs).logits.flatten(0, 1)
-        predicting = logits[places.to(logits.device)].float()
+        predicting = logits[positions.to(logits.device)].float()
         return predicting.log_softmax(1).gather(1, targets[:, None].to(logits.device))[:, 0]
-    head.places = places
+    head.positions = positions
     head.targets = targets
     try:
         return model(**inputs).logits
     finally:
-        head.places = None
+        head.positions = None
         head.targets = None
 
 

@@ -74,6 +74,8 @@ import data_collator
 from data_collator import IGNORE_INDEX, MODEL_INPUTS, PreferenceCollator, PreferenceDataset, TrainingRows
 
 WITHOUT_REFERENCE = ("orpo", "simpo")
+# Files of weights, of a model and of an adapter; a repository may hold the same weights in other formats, too.
+WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "trainable.safetensors")
 ATTENTION_KERNELS = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 PATHS = ("model_path", "peft_path", "dataset_path", "eval_dataset_path", "output_dir", "resume_from_checkpoint")
 # Flags that a resumed run must share with the interrupted one, besides the rows and their order.
@@ -115,13 +117,13 @@ class Arguments:
     dataset_path: str = flag("data_sample/tokenized/preference_train", "preference set, or name:weight,name:weight")
     eval_dataset_path: str | None = flag(None, "another such folder, for the evaluation loss")
     output_dir: str = flag("outputs/finetune_pp_dpo", "folder for all that the run leaves")
-    loss_type: Literal["sigmoid", "ipo", "hinge", "orpo", "simpo", "kto"] = flag("sigmoid", "sigmoid is DPO's own")
-    beta: float = flag(0.1, "how strongly the model is held to the reference; the factor of rewards", "> 0")
-    label_smoothing: float = flag(0.0, "share of pairs whose answers may be swapped; sigmoid and simpo only", ">= 0")
+    loss_type: Literal["sigmoid", "ipo", "hinge", "orpo", "simpo", "kto"] = flag("sigmoid", "sigmoid: DPO's own loss")
+    beta: float = flag(0.1, "factor of rewards: a large one holds the model to its reference; simpo: 2", "> 0")
+    label_smoothing: float = flag(0.0, "share of pairs labelled the wrong way round; sigmoid and simpo only", ">= 0")
     simpo_gamma: float = flag(0.5, "simpo: the reward by which a chosen answer is to be better", ">= 0")
     desirable_weight: float = flag(1.0, "kto: weight of the loss of desirable answers", "> 0")
     undesirable_weight: float = flag(1.0, "kto: weight of the loss of undesirable answers", "> 0")
-    precompute_reference: bool = flag(False, "compute the reference once, before training; always without an adapter")
+    precompute_reference: bool = flag(False, "compute the reference once, before training, as without an adapter")
     lora_used: bool = flag(True, "train a LoRA adapter; False: all weights")
     peft_path: str | None = flag(None, "go on from this LoRA adapter, which is then the reference, too")
     lora_rank: int = flag(8, "inner size of an adapter's two matrices", "> 0")
@@ -193,10 +195,10 @@ def check_arguments(args: Arguments):
     Raises:
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
     """
-    mistakes = check_numbers(args) + check_machine(args) + check_loss(args)
+    mistakes = check_numbers(args) + check_folders(args) + check_machine(args) + check_loss(args)
     if args.learning_rate is None:
         # Below the rates of supervised fine-tuning: a preference asks for a small change. 1e-6 is the default of TRL
-        # and of the DPO paper; an adapter takes 50 times as much here as in the other scripts.
+        # and of the DPO paper. An adapter's rate is 50 times that of full training, as in the other scripts.
         args.learning_rate = 1e-6
         if args.lora_used:
             args.learning_rate = 5e-5
@@ -267,6 +269,20 @@ def check_numbers(args: Arguments) -> list[str]:
         is_allowed = value > 0 or (limit == ">= 0" and value == 0)
         if not is_allowed or math.isinf(value):
             mistakes.append(f"--{argument.name} {value}: must be {limit}")
+    return mistakes
+
+
+def check_folders(args: Arguments) -> list[str]:
+    """The run's folder is none that it reads from: a new run moves away what lies in its folder."""
+    mistakes = []
+    for name in PATHS:
+        value = getattr(args, name)
+        if value is None or name in ("output_dir", "resume_from_checkpoint"):
+            continue
+        for part in value.split(","):  # a mix of sets
+            if Path(part.partition(":")[0]).resolve() == Path(args.output_dir).resolve():
+                mistakes.append(f"--output_dir {args.output_dir}: is --{name}, too, and would be moved away; "
+                                "name another folder")  # fmt: skip
     return mistakes
 
 
@@ -389,19 +405,19 @@ def check_loss(args: Arguments) -> list[str]:
     return mistakes
 
 
-def check_pairing(args: Arguments, *datasets: PreferenceDataset | None) -> list[str]:
+def check_pairing(args: Arguments, dataset: PreferenceDataset | None, eval_dataset) -> list[str]:
     """KTO learns from single answers, the other losses from pairs."""
-    mistakes = []
-    for dataset in datasets:
-        if dataset is None:
-            continue
-        if args.loss_type == "kto" and dataset.is_paired:
-            mistakes.append("--loss_type kto: learns from single answers, and the set has pairs; choose sigmoid, or "
-                            "tokenize rows with one answer and a label")  # fmt: skip
-        elif args.loss_type != "kto" and not dataset.is_paired:
-            mistakes.append(f"--loss_type {args.loss_type}: compares two answers, and a row of the set has one; choose "
-                            "kto, or tokenize pairs")  # fmt: skip
-    return sorted(set(mistakes))
+    if dataset and eval_dataset and dataset.is_paired != eval_dataset.is_paired:
+        kinds = {True: "pairs", False: "single answers"}
+        return [f"--eval_dataset_path {args.eval_dataset_path}: it has {kinds[eval_dataset.is_paired]}, and "
+                f"--dataset_path has {kinds[dataset.is_paired]}; name a set of the same kind"]  # fmt: skip
+    if dataset and args.loss_type == "kto" and dataset.is_paired:
+        return [f"--loss_type kto: learns from single answers, and --dataset_path {args.dataset_path} has pairs; "
+                "choose sigmoid, or tokenize rows with one answer and a label"]  # fmt: skip
+    if dataset and args.loss_type != "kto" and not dataset.is_paired:
+        return [f"--loss_type {args.loss_type}: compares two answers, and --dataset_path {args.dataset_path} has "
+                "single ones; choose kto, or tokenize pairs"]  # fmt: skip
+    return []
 
 
 def check_adapter(folder: str) -> None:
@@ -438,10 +454,12 @@ def check_reference(path: str, args: Arguments, dataset: PreferenceDataset, chec
     if file.is_file():
         return
     if checkpoint and not args.lora_used:
-        raise ValueError(f"{file.name}, the reference's log-probabilities, is not in it any more, and the weights that "
-                         "gave them have been trained; start a new run")  # fmt: skip
+        raise ValueError(f"{file.name}, the log-probabilities of this reference in this precision, is not in it; if "
+                         "the run began on other hardware, name its precision by --bf16; if the file was deleted, a "
+                         "run of one step in another --output_dir makes it again")  # fmt: skip
     if not os.access(file.parent, os.W_OK):
-        raise ValueError(f"the reference's log-probabilities are kept in {file.parent}, which is not writable; copy it")
+        raise ValueError(f"the reference's log-probabilities are to be written into {file.parent}, which is not "
+                         "writable; name a copy of that folder")  # fmt: skip
 
 
 def check_attention(kernel: str, config, args: Arguments) -> None:
@@ -732,6 +750,15 @@ def choose_logps(args: Arguments, model):
     return logps_of_model
 
 
+def choose_collator(args: Arguments, model) -> PreferenceCollator:
+    """The collator of this model's batches: a prompt is computed once for both answers, if the model allows it."""
+    shares_prompts = False
+    if args.padding_free:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=computes_in_bf16(args)):
+            shares_prompts = data_collator.can_share_prompts(model, model.config.vocab_size)
+    return PreferenceCollator(args.padding_free, shares_prompts)
+
+
 def negative_sum_in_chunks(model, batch: dict) -> torch.Tensor:
     """The summed cross-entropy of the targets, by which the model is asked whether the chunks compute it rightly."""
     return -logps_in_chunks(model, batch).sum()
@@ -800,7 +827,7 @@ def is_precomputed(args: Arguments) -> bool:
 def hash_weights(folder: Path) -> str:
     """SHA-256 of a model's or an adapter's weights and configuration."""
     known = hashlib.sha256()
-    for pattern in ("config.json", "adapter_config.json", "*.safetensors"):
+    for pattern in ("config.json", "adapter_config.json", *WEIGHTS):
         for path in sorted(folder.glob(pattern)):
             with open(path, "rb") as file:
                 known.update(hashlib.file_digest(file, "sha256").digest())
@@ -815,7 +842,7 @@ def find_reference(args: Arguments, dataset: PreferenceDataset) -> Path:
     """
     folder = Path(args.model_path)
     if not folder.is_dir():
-        folder = Path(snapshot_download(args.model_path, allow_patterns=["config.json", "*.safetensors"]))
+        folder = Path(snapshot_download(args.model_path, allow_patterns=["config.json", *WEIGHTS]))
     parts = [hash_weights(folder), computes_in_bf16(args), dataset.ledger]
     if args.peft_path:
         parts.append(hash_weights(Path(args.peft_path)))
@@ -830,20 +857,20 @@ def save_reference(logps: torch.Tensor, path: Path) -> None:
     beside.rename(path)
 
 
-def prepare_reference(args: Arguments, model, compute_logps, dataset: PreferenceDataset, device: torch.device) -> None:
+def prepare_reference(args: Arguments, model, compute_logps, collate, dataset, device: torch.device) -> None:
     """Gives each row of the set the reference's log-probabilities, from their file or computed now."""
     path = find_reference(args, dataset)
     if not path.is_file():
-        save_reference(compute_reference(args, model, compute_logps, dataset, device), path)
+        save_reference(compute_reference(args, model, compute_logps, collate, dataset, device), path)
     print(f"the reference's log-probabilities of {len(dataset)} rows are in {path}")
     dataset.keep_reference(load_file(path)["logps"])
 
 
-def compute_reference(args: Arguments, model, compute_logps, dataset, device: torch.device) -> torch.Tensor:
+def compute_reference(args: Arguments, model, compute_logps, collate, dataset, device: torch.device) -> torch.Tensor:
     """The reference's log-probabilities of a set, float32 [rows, 2], as PreferenceDataset.keep_reference takes them."""
     logps = []
     num_batches = math.ceil(len(dataset) / args.per_device_eval_batch_size)
-    for batch in tqdm(list_batches(args, dataset), total=num_batches, desc="reference", unit="batch"):
+    for batch in tqdm(list_batches(args, collate, dataset), total=num_batches, desc="reference", unit="batch"):
         batch = data_collator.move_to_device(batch, device)
         first = reference_logps(args, model, compute_logps, batch)
         if dataset.is_paired:
@@ -902,8 +929,10 @@ def orpo_loss(args: Arguments, chosen: torch.Tensor, rejected: torch.Tensor) -> 
     reference: the scores are the average log-probabilities log p of an answer's tokens, and -chosen is the loss of
     supervised fine-tuning. TRL takes that loss over the tokens of the prompt, too, and over all tokens of a batch.
     """
-    chosen_log_odds = chosen - torch.log(-torch.expm1(chosen))
-    rejected_log_odds = rejected - torch.log(-torch.expm1(rejected))
+    # A certain answer's log p is rounded to 0, where the odds are infinite.
+    likely, unlikely = chosen.clamp(max=-1e-7), rejected.clamp(max=-1e-7)
+    chosen_log_odds = likely - torch.log(-torch.expm1(likely))
+    rejected_log_odds = unlikely - torch.log(-torch.expm1(unlikely))
     return -chosen - args.beta * logsigmoid(chosen_log_odds - rejected_log_odds)
 
 
@@ -1046,13 +1075,13 @@ def make_schedule(args: Arguments, optimizer: torch.optim.Optimizer, num_steps: 
 
 
 @torch.no_grad()
-def evaluate(args: Arguments, model, compute_logps, dataset: PreferenceDataset, device: torch.device) -> dict:
+def evaluate(args: Arguments, model, compute_logps, collate, dataset, device: torch.device) -> dict:
     """Loss per row over the whole set, and the averages of the other measures."""
     model.eval()
     total = 0.0
     sums = torch.zeros(len(SUMS), device=device)
-    kl = estimate_kl(args, model, compute_logps, list_batches(args, dataset), device)
-    for batch in list_batches(args, dataset):
+    kl = estimate_kl(args, model, compute_logps, list_batches(args, collate, dataset), device)
+    for batch in list_batches(args, collate, dataset):
         batch = data_collator.move_to_device(batch, device)
         reference = reference_logps(args, model, compute_logps, batch)
         logps = policy_logps(args, model, compute_logps, batch)
@@ -1066,15 +1095,14 @@ def evaluate(args: Arguments, model, compute_logps, dataset: PreferenceDataset, 
     return measures
 
 
-def list_batches(args: Arguments, dataset: PreferenceDataset):
+def list_batches(args: Arguments, collate: PreferenceCollator, dataset: PreferenceDataset):
     """Yields all rows of a set in their order, as batches for evaluation."""
-    collate = PreferenceCollator(args.padding_free)
     for start in range(0, len(dataset), args.per_device_eval_batch_size):
         indices = range(start, min(start + args.per_device_eval_batch_size, len(dataset)))
         yield collate([dataset[i] for i in indices])
 
 
-def train(args: Arguments, model, compute_logps, tokenizer, rows, eval_dataset, checkpoint, devices) -> int:
+def train(args: Arguments, model, compute_logps, collate, tokenizer, rows, eval_dataset, checkpoint, devices) -> int:
     """Trains from the checkpoint, if any, until the last step or a signal; returns the tokens that this took."""
     optimizer = make_optimizer(args, model)
     lr_scheduler = make_schedule(args, optimizer, rows.num_steps)
@@ -1089,7 +1117,7 @@ def train(args: Arguments, model, compute_logps, tokenizer, rows, eval_dataset, 
     if args.report_to == "tensorboard":
         writer = SummaryWriter(f"{args.output_dir}/runs", purge_step=step + 1)
     progress = tqdm(total=rows.num_steps, initial=step, desc="training", unit="step")
-    steps_ahead = read_ahead(args, rows, step, devices[0])
+    steps_ahead = read_ahead(args, collate, rows, step, devices[0])
     model.train()
     while step < rows.num_steps:
         started = time.perf_counter()
@@ -1137,34 +1165,33 @@ def train(args: Arguments, model, compute_logps, tokenizer, rows, eval_dataset, 
         progress.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} tokens/s, {peak_memory() / 2**30:.1f} GiB")
         progress.update()
         if eval_dataset and (step % args.eval_steps == 0 or step == rows.num_steps):
-            log.update(evaluate(args, model, compute_logps, eval_dataset, devices[0]))
+            log.update(evaluate(args, model, compute_logps, collate, eval_dataset, devices[0]))
         if step % args.logging_steps == 0 or is_last or "eval_loss" in log:
             state["log_history"].append(log)
             write_curve(writer, log)
         if step % args.save_steps == 0 or is_last:
             save_checkpoint(args, model, tokenizer, optimizer, lr_scheduler, rows, state, devices)
         if is_stopped and step < rows.num_steps:
-            sys.exit(f"SIGTERM: step {step} is saved; --resume_from_checkpoint True goes on from there")
+            sys.exit(f"stopped: step {step} is saved; --resume_from_checkpoint True goes on from there")
     if writer:
         writer.close()
     (Path(args.output_dir) / "trainer_state.json").write_text(json.dumps(state, indent=2))
     return state["num_input_tokens_seen"] - tokens_before
 
 
-def read_ahead(args: Arguments, rows: TrainingRows, first_step: int, device: torch.device):
+def read_ahead(args: Arguments, collate, rows: TrainingRows, first_step: int, device: torch.device):
     """Yields the micro-batches of each optimizer step. A thread makes them while the step before is computed."""
     with ThreadPoolExecutor(max_workers=1) as reader:
-        ahead = reader.submit(make_micro_batches, args, rows, first_step, device)
+        ahead = reader.submit(make_micro_batches, args, collate, rows, first_step, device)
         for step in range(first_step, rows.num_steps):
             micro_batches = ahead.result()
             if step + 1 < rows.num_steps:
-                ahead = reader.submit(make_micro_batches, args, rows, step + 1, device)
+                ahead = reader.submit(make_micro_batches, args, collate, rows, step + 1, device)
             yield micro_batches
 
 
-def make_micro_batches(args: Arguments, rows: TrainingRows, step: int, device: torch.device) -> list[dict]:
+def make_micro_batches(args: Arguments, collate, rows: TrainingRows, step: int, device: torch.device) -> list[dict]:
     """The batches of one optimizer step, in memory from which a GPU copies while it computes."""
-    collate = PreferenceCollator(args.padding_free)
     step_rows = rows.step(step)
     micro_batches = []
     for start in range(0, len(step_rows), args.per_device_train_batch_size):
@@ -1361,6 +1388,8 @@ def resume_settings(args: Arguments, rows: TrainingRows) -> dict:
     }
     for name in SHARED_BY_RESUMED:
         settings[name] = getattr(args, name)
+    if args.peft_path:
+        settings["peft_sha256"] = hash_weights(Path(args.peft_path))  # the adapter is the reference, too
     return settings
 
 
@@ -1548,16 +1577,17 @@ def main() -> None:
         compute_logps = choose_logps(args, model)
     except ValueError as problem:
         sys.exit(f"error: --attn_implementation {args.attn_implementation}: {problem}")
+    collate = choose_collator(args, model)
     if is_precomputed(args):
         for dataset in (rows.dataset, eval_dataset):
             if dataset is not None:
-                prepare_reference(args, model, compute_logps, dataset, devices[0])
+                prepare_reference(args, model, compute_logps, collate, dataset, devices[0])
 
     started = time.perf_counter()
     output_dir = Path(args.output_dir)
     set_former_run_aside(output_dir, checkpoint)
     try:
-        num_tokens = train(args, model, compute_logps, tokenizer, rows, eval_dataset, checkpoint, devices)
+        num_tokens = train(args, model, compute_logps, collate, tokenizer, rows, eval_dataset, checkpoint, devices)
         save_model(model, tokenizer, output_dir)
         shutil.rmtree(output_dir / ".writing", ignore_errors=True)
         write_receipt(args, rows, devices, num_tokens, time.perf_counter() - started)

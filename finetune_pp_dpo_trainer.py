@@ -76,6 +76,8 @@ import data_collator
 from data_collator import IGNORE_INDEX, LogpsHead, PreferenceCollator, PreferenceDataset, TrainingRows
 
 WITHOUT_REFERENCE = ("orpo", "simpo")
+# Files of weights, of a model and of an adapter; a repository may hold the same weights in other formats, too.
+WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "trainable.safetensors")
 ATTENTION_KERNELS = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 PATHS = (
     "model_path", "peft_path", "dataset_path", "eval_dataset_path", "output_dir", "resume_from_checkpoint", "deepspeed",
@@ -120,13 +122,13 @@ class Arguments:
     eval_dataset_path: str | None = flag(None, "another such folder, for the evaluation loss")
     output_dir: str = flag("outputs/finetune_pp_dpo_trainer", "folder for all that the run leaves")
     deepspeed: str | None = flag(None, "shard by DeepSpeed with this file of ds_configs/; none: by FSDP2")
-    loss_type: Literal["sigmoid", "ipo", "hinge", "orpo", "simpo", "kto"] = flag("sigmoid", "sigmoid is DPO's own")
-    beta: float = flag(0.1, "how strongly the model is held to the reference; the factor of rewards", "> 0")
-    label_smoothing: float = flag(0.0, "share of pairs whose answers may be swapped; sigmoid and simpo only", ">= 0")
+    loss_type: Literal["sigmoid", "ipo", "hinge", "orpo", "simpo", "kto"] = flag("sigmoid", "sigmoid: DPO's own loss")
+    beta: float = flag(0.1, "factor of rewards: a large one holds the model to its reference; simpo: 2", "> 0")
+    label_smoothing: float = flag(0.0, "share of pairs labelled the wrong way round; sigmoid and simpo only", ">= 0")
     simpo_gamma: float = flag(0.5, "simpo: the reward by which a chosen answer is to be better", ">= 0")
     desirable_weight: float = flag(1.0, "kto: weight of the loss of desirable answers", "> 0")
     undesirable_weight: float = flag(1.0, "kto: weight of the loss of undesirable answers", "> 0")
-    precompute_reference: bool = flag(False, "compute the reference once, before training; always without an adapter")
+    precompute_reference: bool = flag(False, "compute the reference once, before training, as without an adapter")
     lora_used: bool = flag(True, "train a LoRA adapter; False: all weights")
     peft_path: str | None = flag(None, "go on from this LoRA adapter, which is then the reference, too")
     lora_rank: int = flag(8, "inner size of an adapter's two matrices", "> 0")
@@ -198,7 +200,7 @@ def check_arguments(args: Arguments):
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
     """
     args.use_cpu |= torch.cuda.device_count() == 0
-    mistakes = check_numbers(args) + check_machine(args) + check_launcher() + check_loss(args)
+    mistakes = check_numbers(args) + check_folders(args) + check_machine(args) + check_launcher() + check_loss(args)
     other = "DEEPSPEED"
     if args.deepspeed:
         mistakes += check_locks()
@@ -207,7 +209,7 @@ def check_arguments(args: Arguments):
         mistakes.append(f"ACCELERATE_USE_{other} is true, and --deepspeed is {args.deepspeed}: unset it")
     if args.learning_rate is None:
         # Below the rates of supervised fine-tuning: a preference asks for a small change. 1e-6 is the default of TRL
-        # and of the DPO paper; an adapter takes 50 times as much here as in the other scripts.
+        # and of the DPO paper. An adapter's rate is 50 times that of full training, as in the other scripts.
         args.learning_rate = 1e-6
         if args.lora_used:
             args.learning_rate = 5e-5
@@ -278,6 +280,20 @@ def check_numbers(args: Arguments) -> list[str]:
         is_allowed = value > 0 or (limit == ">= 0" and value == 0)
         if not is_allowed or math.isinf(value):
             mistakes.append(f"--{argument.name} {value}: must be {limit}")
+    return mistakes
+
+
+def check_folders(args: Arguments) -> list[str]:
+    """The run's folder is none that it reads from: a new run moves away what lies in its folder."""
+    mistakes = []
+    for name in PATHS:
+        value = getattr(args, name)
+        if value is None or name in ("output_dir", "resume_from_checkpoint"):
+            continue
+        for part in value.split(","):  # a mix of sets
+            if Path(part.partition(":")[0]).resolve() == Path(args.output_dir).resolve():
+                mistakes.append(f"--output_dir {args.output_dir}: is --{name}, too, and would be moved away; "
+                                "name another folder")  # fmt: skip
     return mistakes
 
 
@@ -421,29 +437,32 @@ def check_loss(args: Arguments) -> list[str]:
     return mistakes
 
 
-def check_pairing(args: Arguments, *datasets: PreferenceDataset | None) -> list[str]:
+def check_pairing(args: Arguments, dataset: PreferenceDataset | None, eval_dataset) -> list[str]:
     """KTO learns from single answers, the other losses from pairs."""
-    mistakes = []
-    for dataset in datasets:
-        if dataset is None:
-            continue
-        if args.loss_type == "kto" and dataset.is_paired:
-            mistakes.append("--loss_type kto: learns from single answers, and the set has pairs; choose sigmoid, or "
-                            "tokenize rows with one answer and a label")  # fmt: skip
-        elif args.loss_type != "kto" and not dataset.is_paired:
-            mistakes.append(f"--loss_type {args.loss_type}: compares two answers, and a row of the set has one; choose "
-                            "kto, or tokenize pairs")  # fmt: skip
-    return sorted(set(mistakes))
+    if dataset and eval_dataset and dataset.is_paired != eval_dataset.is_paired:
+        kinds = {True: "pairs", False: "single answers"}
+        return [f"--eval_dataset_path {args.eval_dataset_path}: it has {kinds[eval_dataset.is_paired]}, and "
+                f"--dataset_path has {kinds[dataset.is_paired]}; name a set of the same kind"]  # fmt: skip
+    if dataset and args.loss_type == "kto" and dataset.is_paired:
+        return [f"--loss_type kto: learns from single answers, and --dataset_path {args.dataset_path} has pairs; "
+                "choose sigmoid, or tokenize rows with one answer and a label"]  # fmt: skip
+    if dataset and args.loss_type != "kto" and not dataset.is_paired:
+        return [f"--loss_type {args.loss_type}: compares two answers, and --dataset_path {args.dataset_path} has "
+                "single ones; choose kto, or tokenize pairs"]  # fmt: skip
+    return []
 
 
 def check_adapter(folder: str) -> None:
     """An adapter to go on from is LoRA: the others cannot be switched off inside a row of several documents."""
     try:
-        peft_type = peft.PeftConfig.from_pretrained(folder).peft_type
+        config = peft.PeftConfig.from_pretrained(folder)
     except KeyError as unknown:
         raise ValueError(f"its adapter is of type {unknown}, which this version of PEFT does not know") from None
-    if peft_type != peft.PeftType.LORA:
-        raise ValueError(f"its adapter is of type {peft_type.value}; this script trains LoRA adapters only")
+    if config.peft_type != peft.PeftType.LORA:
+        raise ValueError(f"its adapter is of type {config.peft_type.value}; this script trains LoRA adapters only")
+    if config.use_dora:
+        raise ValueError("its adapter is DoRA, and PEFT cannot choose between that and the reference within a forward; "
+                         "finetune_pp_dpo.py trains it")  # fmt: skip
 
 
 def compare_adapter(folder: str, skeleton: peft.PeftModel) -> None:
@@ -470,10 +489,12 @@ def check_reference(path: str, args: Arguments, dataset: PreferenceDataset, chec
     if file.is_file():
         return
     if checkpoint and not args.lora_used:
-        raise ValueError(f"{file.name}, the reference's log-probabilities, is not in it any more, and the weights that "
-                         "gave them have been trained; start a new run")  # fmt: skip
+        raise ValueError(f"{file.name}, the log-probabilities of this reference in this precision, is not in it; if "
+                         "the run began on other hardware, name its precision by --bf16; if the file was deleted, a "
+                         "run of one step in another --output_dir makes it again")  # fmt: skip
     if not os.access(file.parent, os.W_OK):
-        raise ValueError(f"the reference's log-probabilities are kept in {file.parent}, which is not writable; copy it")
+        raise ValueError(f"the reference's log-probabilities are to be written into {file.parent}, which is not "
+                         "writable; name a copy of that folder")  # fmt: skip
 
 
 def check_attention(kernel: str, config, args: Arguments) -> None:
@@ -794,7 +815,7 @@ def is_precomputed(args: Arguments) -> bool:
 def hash_weights(folder: Path) -> str:
     """SHA-256 of a model's or an adapter's weights and configuration."""
     known = hashlib.sha256()
-    for pattern in ("config.json", "adapter_config.json", "*.safetensors"):
+    for pattern in ("config.json", "adapter_config.json", *WEIGHTS):
         for path in sorted(folder.glob(pattern)):
             with open(path, "rb") as file:
                 known.update(hashlib.file_digest(file, "sha256").digest())
@@ -809,7 +830,7 @@ def find_reference(args: Arguments, dataset: PreferenceDataset) -> Path:
     """
     folder = Path(args.model_path)
     if not folder.is_dir():
-        folder = Path(snapshot_download(args.model_path, allow_patterns=["config.json", "*.safetensors"]))
+        folder = Path(snapshot_download(args.model_path, allow_patterns=["config.json", *WEIGHTS]))
     parts = [hash_weights(folder), computes_in_bf16(args), dataset.ledger]
     if args.peft_path:
         parts.append(hash_weights(Path(args.peft_path)))
@@ -872,8 +893,10 @@ def orpo_loss(args: Arguments, chosen: torch.Tensor, rejected: torch.Tensor) -> 
     reference: the scores are the average log-probabilities log p of an answer's tokens, and -chosen is the loss of
     supervised fine-tuning. TRL takes that loss over the tokens of the prompt, too, and over all tokens of a batch.
     """
-    chosen_log_odds = chosen - torch.log(-torch.expm1(chosen))
-    rejected_log_odds = rejected - torch.log(-torch.expm1(rejected))
+    # A certain answer's log p is rounded to 0, where the odds are infinite.
+    likely, unlikely = chosen.clamp(max=-1e-7), rejected.clamp(max=-1e-7)
+    chosen_log_odds = likely - torch.log(-torch.expm1(likely))
+    rejected_log_odds = unlikely - torch.log(-torch.expm1(unlikely))
     return -chosen - args.beta * logsigmoid(chosen_log_odds - rejected_log_odds)
 
 
@@ -1224,6 +1247,8 @@ class RunCallback(transformers.TrainerCallback):
                 data_collator.check_document_attention(model, vocab_size)
             except ValueError as problem:
                 stop(f"error: --attn_implementation {trainer.script_args.attn_implementation}: {problem}")
+            # No batch has been made yet. A prompt is computed once for both answers, if the model allows it.
+            trainer.data_collator.shares_prompts = data_collator.can_share_prompts(model, vocab_size)
         if trainer.loss_head and not data_collator.computes_plain_logits(model, vocab_size, trainer.summed_loss):
             trainer.loss_head = None
         if is_precomputed(trainer.script_args):
@@ -1409,6 +1434,8 @@ def resume_settings(args: Arguments, rows: TrainingRows) -> dict:
         settings["world_size"] = os.environ.get("WORLD_SIZE", "1")  # its files hold the shards of so many processes
     for name in SHARED_BY_RESUMED:
         settings[name] = getattr(args, name)
+    if args.peft_path:
+        settings["peft_sha256"] = hash_weights(Path(args.peft_path))  # the adapter is the reference, too
     return settings
 
 

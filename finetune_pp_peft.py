@@ -177,7 +177,7 @@ def check_arguments(args: Arguments):
     Raises:
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
     """
-    mistakes = check_numbers(args) + check_machine(args)
+    mistakes = check_numbers(args) + check_folders(args) + check_machine(args)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         mistakes.append("torchrun: this script is one process; finetune_pp_1f1b.py is a pipeline over several")
     if args.num_gpus > torch.cuda.device_count():
@@ -247,6 +247,20 @@ def check_numbers(args: Arguments) -> list[str]:
         is_allowed = value > 0 or (limit == ">= 0" and value == 0)
         if not is_allowed or math.isinf(value):
             mistakes.append(f"--{argument.name} {value}: must be {limit}")
+    return mistakes
+
+
+def check_folders(args: Arguments) -> list[str]:
+    """The run's folder is none that it reads from: a new run moves away what lies in its folder."""
+    mistakes = []
+    for name in PATHS:
+        value = getattr(args, name)
+        if value is None or name in ("output_dir", "resume_from_checkpoint"):
+            continue
+        for part in value.split(","):  # a mix of sets
+            if Path(part.partition(":")[0]).resolve() == Path(args.output_dir).resolve():
+                mistakes.append(f"--output_dir {args.output_dir}: is --{name}, too, and would be moved away; "
+                                "name another folder")  # fmt: skip
     return mistakes
 
 
@@ -811,7 +825,7 @@ def train(args: Arguments, model, compute_loss, tokenizer, rows, eval_dataset, c
         if step % args.save_steps == 0 or is_last:
             save_checkpoint(args, model, tokenizer, optimizer, lr_scheduler, rows, state, devices)
         if is_stopped and step < rows.num_steps:
-            sys.exit(f"SIGTERM: step {step} is saved; --resume_from_checkpoint True goes on from there")
+            sys.exit(f"stopped: step {step} is saved; --resume_from_checkpoint True goes on from there")
     if writer:
         writer.close()
     (Path(args.output_dir) / "trainer_state.json").write_text(json.dumps(state, indent=2))

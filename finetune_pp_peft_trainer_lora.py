@@ -180,7 +180,7 @@ def check_arguments(args: Arguments):
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
     """
     args.use_cpu |= torch.cuda.device_count() == 0
-    mistakes = check_numbers(args) + check_machine(args) + check_launcher()
+    mistakes = check_numbers(args) + check_folders(args) + check_machine(args) + check_launcher()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         mistakes.append("ACCELERATE_USE_DEEPSPEED is true, and this script uses FSDP: unset it")
     if args.load_in_4bit and not transformers.utils.is_bitsandbytes_available():
@@ -252,6 +252,20 @@ def check_numbers(args: Arguments) -> list[str]:
         is_allowed = value > 0 or (limit == ">= 0" and value == 0)
         if not is_allowed or math.isinf(value):
             mistakes.append(f"--{argument.name} {value}: must be {limit}")
+    return mistakes
+
+
+def check_folders(args: Arguments) -> list[str]:
+    """The run's folder is none that it reads from: a new run moves away what lies in its folder."""
+    mistakes = []
+    for name in PATHS:
+        value = getattr(args, name)
+        if value is None or name in ("output_dir", "resume_from_checkpoint"):
+            continue
+        for part in value.split(","):  # a mix of sets
+            if Path(part.partition(":")[0]).resolve() == Path(args.output_dir).resolve():
+                mistakes.append(f"--output_dir {args.output_dir}: is --{name}, too, and would be moved away; "
+                                "name another folder")  # fmt: skip
     return mistakes
 
 

@@ -5,11 +5,12 @@
     python benchmarks/preferences.py --mode full --checkpointing on
 
 Each is a process of its own, started in turn, --rounds times, as in benchmarks/compare.py, whose measuring this is: a
-hook after each optimizer step, and the embedding counts the real tokens of the forwards that are trained on. Both get
-the same token ids of a paired set, the same model in float32, the same threads, and with --mode lora an adapter of rank
-8 on all linear layers without dropout. TRL's reference is what its documentation says: the model without the adapter,
-or with --mode full a second model. All else is as each has it by itself; with --checkpointing own, TRL recomputes
-activations, which it does by itself, and ours does not.
+hook after each optimizer step, and the embedding counts the positions of the forwards that are trained on. Real tokens
+are those of a pair's two documents, each with its prompt: TRL computes a prompt twice, and ours once, so that more than
+100 % of its positions are filled. Both get the same token ids of a paired set, the same model in float32, the same
+threads, and with --mode lora an adapter of rank 8 on all linear layers without dropout. TRL's reference is what its
+documentation says: the model without the adapter, or with --mode full a second model. All else is as each has it by
+itself; with --checkpointing own, TRL recomputes activations, which it does by itself, and ours does not.
 
 Speed: real tokens of all steps but the first, by their time; and by their CPU time, which changes less where other
 programs take the cores (with --threads 1, since threads that wait take CPU time, too). Ratios are ours / TRL's within
@@ -33,6 +34,9 @@ from datasets import load_from_disk
 from transformers import HfArgumentParser
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data_collator import PreferenceDataset, TrainingRows  # noqa: E402
+
 SYSTEMS = {"ours": "dpo_ours", "trl": "dpo_trl"}  # by their names in benchmarks/peers.py
 
 
@@ -143,6 +147,10 @@ def run_system(args: Arguments, name: str, model: Path, sets: tuple[str, str], f
         raise ValueError(f"{name} failed with status {finished.returncode}:\n{finished.stdout[-2000:]}\n"
                          f"{finished.stderr[-4000:]}")  # fmt: skip
     steps = [json.loads(line) for line in log.read_text().splitlines()]
+    if name == "ours":
+        rows = TrainingRows(PreferenceDataset(sets[0]), args.batch_size, 1, args.steps, seed=42)  # as the script's
+        for number, step in enumerate(steps):
+            step["real_tokens"] = rows.num_tokens(number)
     shutil.rmtree(folder)
     measured = measure_steps(name, steps, started)
     cpu_seconds = steps[-1]["cpu_seconds"] - steps[0]["cpu_seconds"]

@@ -421,8 +421,8 @@ class Tokenization:
         options_of = {split: [] for split in self.splits}
         start = 0
         for row, end, options in zip(encoded.rows, encoded.ends, encoded.options, strict=True):
-            split = self.draw_split(row.raw)
-            fate, cuts = self.cut(row, start, end)
+            split = self.choose_split(row.raw)
+            outcome, cuts = self.cut(row, start, end)
             learned = []
             for first, last in cuts:
                 # The first token of a row is never predicted, whatever its label.
@@ -430,12 +430,12 @@ class Tokenization:
                 if num_targets > 0 or self.keeps_whole_documents:
                     learned.append((first, last))
             if cuts and not learned:
-                fate = "no_target"
+                outcome = "no_target"
             ledger.tokens_in += end - start
             ledger.lengths[end - start] += 1
             figures = ledger.splits[split]
-            count_fate(figures, fate, end - start, cuts, learned)
-            figures.examples.setdefault(fate, self.name(row.raw))
+            count_outcome(figures, outcome, end - start, cuts, learned)
+            figures.examples.setdefault(outcome, self.name(row.raw))
             self.count_documents(figures, encoded, learned)
             cuts_of[split] += learned
             options_of[split] += [options] * len(learned)
@@ -458,7 +458,7 @@ class Tokenization:
                     num_bos = 2
             figures.bos_at_start[num_bos] += 1
 
-    def draw_split(self, raw: RawRow) -> str:
+    def choose_split(self, raw: RawRow) -> str:
         """Drawn by the row's place in the input, so the same for every number of workers and machines."""
         place = (raw.file, raw.number)
         digest = hashlib.blake2b(f"{self.args.seed} {place}".encode(), digest_size=8).digest()
@@ -467,7 +467,7 @@ class Tokenization:
         return "train"
 
     def cut(self, row: Row, start: int, end: int) -> tuple[str, list[tuple[int, int]]]:
-        """What happens to a row of ids from `start` to `end`: its fate, and where the rows made of it start and end."""
+        """What happens to a row of ids from `start` to `end`: its outcome, and the borders of the rows made of it."""
         length = end - start
         max_length = self.args.max_length
         if not row.is_learned or not row.answer.strip():
@@ -507,17 +507,17 @@ class Tokenization:
         return batches
 
 
-def count_fate(figures: Split, fate: str, length: int, cuts: list[tuple], learned: list[tuple]) -> None:
+def count_outcome(figures: Split, outcome: str, length: int, cuts: list[tuple], learned: list[tuple]) -> None:
     """Counts what became of a row of `length` tokens, of which `cuts` were taken and `learned` are kept."""
     num_cut = sum(last - first for first, last in cuts)
     num_learned = sum(last - first for first, last in learned)
-    figures.rows[fate] += 1
+    figures.rows[outcome] += 1
     figures.tokens["kept"] += num_learned
     if cuts:
         figures.tokens["no_target"] += num_cut - num_learned
         figures.tokens["truncated"] += length - num_cut
     else:
-        figures.tokens[fate] += length
+        figures.tokens[outcome] += length
     if cuts and num_cut < length:
         figures.truncated_rows += 1
     if len(cuts) > 1:

@@ -47,9 +47,9 @@ class Language:
 class Split:
     """What became of the rows that fell to one split."""
 
-    rows: Counter = field(default_factory=Counter)  # by fate: kept, or a reason of LOST
+    rows: Counter = field(default_factory=Counter)  # by outcome: kept, or a reason of LOST
     tokens: Counter = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)  # for each fate the place of the first such row
+    examples: dict[str, str] = field(default_factory=dict)  # for each outcome the place of the first such row
     documents: int = 0  # rows that were made, before packing
     targets: int = 0  # tokens that are learned
     truncated_rows: int = 0

@@ -216,17 +216,17 @@ class PreferenceTokenization(Tokenization):
         for row, end, part_lengths in zip(encoded.rows, encoded.ends, encoded.part_lengths, strict=True):
             prompt_end = start + part_lengths[0]
             spans = find_spans(row, prompt_end, part_lengths)
-            fate = self.judge(row, encoded, start, prompt_end, spans)
-            split = self.draw_split(row.raw)
+            outcome = self.judge(row, encoded, start, prompt_end, spans)
+            split = self.choose_split(row.raw)
             figures = ledger.splits[split]
             num_tokens = end - start
             ledger.tokens_in += num_tokens
             longest_answer = max([last - first for first, last in spans], default=num_tokens - part_lengths[0])
             ledger.lengths[part_lengths[0] + longest_answer] += 1
-            figures.rows[fate] += 1
-            figures.tokens[fate] += num_tokens
-            figures.examples.setdefault(fate, self.name(row.raw))
-            if fate == "kept":
+            figures.rows[outcome] += 1
+            figures.tokens[outcome] += num_tokens
+            figures.examples.setdefault(outcome, self.name(row.raw))
+            if outcome == "kept":
                 self.count_documents_of_row(figures, row, encoded, encoded.ids[start:prompt_end], spans)
                 columns = columns_of[split]
                 columns.setdefault("prompt_ids", []).append(encoded.ids[start:prompt_end])
@@ -241,7 +241,7 @@ class PreferenceTokenization(Tokenization):
         return make_batches(columns_of)
 
     def judge(self, row: PreferenceRow, encoded: Encoded, start: int, prompt_end: int, spans: list[tuple]) -> str:
-        """The fate of a row: kept, or the reason why it is dropped."""
+        """The outcome of a row: kept, or the reason why it is dropped."""
         if not row.is_learned or not row.answer.strip():
             return "no_target"
         if not row.answers:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import data_collator
 import finetune_pp_dpo as dpo
+import finetune_pp_dpo_trainer as dpo_trainer
 from data_collator import PreferenceCollator, PreferenceDataset, TrainingRows
 
 CPU = torch.device("cpu")
@@ -61,12 +63,13 @@ def prepare(parts, loss_type: str, *flags, moved: bool = True):
     return args, rows, model
 
 
-def compute(args, model, rows: list[dict]):
+def compute(args, model, rows: list[dict], collate: PreferenceCollator | None = None):
     """(loss per row, measures, gradients) of one optimizer step in one micro-batch."""
     model.train()
     model.zero_grad()
     compute_logps = dpo.choose_logps(args, model)
-    batch = PreferenceCollator(args.padding_free)(rows)
+    collate = collate or dpo.choose_collator(args, model)
+    batch = collate(rows)
     kl = dpo.estimate_kl(args, model, compute_logps, [batch], CPU)
     reference = dpo.reference_logps(args, model, compute_logps, batch)
     logps = dpo.policy_logps(args, model, compute_logps, batch)
@@ -164,11 +167,14 @@ CASES = [
 
 
 @pytest.mark.parametrize(("loss_type", "flags"), CASES)
-@pytest.mark.parametrize("padding_free", [True, False])
-def test_loss_rewards_and_gradients_are_those_of_the_paper(loss_type, flags, padding_free, parts):
-    args, rows, model = prepare(parts, loss_type, *flags, "--padding_free", padding_free)
+@pytest.mark.parametrize("layout", ["padded", "each answer with its prompt", "as the script chooses"])
+def test_loss_rewards_and_gradients_are_those_of_the_paper(loss_type, flags, layout, parts):
+    args, rows, model = prepare(parts, loss_type, *flags, "--padding_free", layout != "padded")
+    collate = None
+    if layout == "each answer with its prompt":
+        collate = PreferenceCollator(True)
     indices = [3, 0, 14, 8, 21]
-    loss, measures, gradients = compute(args, model, [rows.dataset[i] for i in indices])
+    loss, measures, gradients = compute(args, model, [rows.dataset[i] for i in indices], collate)
     raw = random_answers(22) if loss_type == "kto" else random_pairs(22)
     mismatched = []
     if loss_type == "kto":
@@ -191,7 +197,7 @@ def test_at_the_start_the_loss_is_ln_2_and_there_is_no_margin(lora_used, parts):
     args, rows, model = prepare(parts, "sigmoid", "--lora_used", lora_used, moved=False)
     compute_logps = dpo.choose_logps(args, model)
     if not lora_used:
-        dpo.prepare_reference(args, model, compute_logps, rows.dataset, CPU)
+        dpo.prepare_reference(args, model, compute_logps, dpo.choose_collator(args, model), rows.dataset, CPU)
     loss, measures, _ = compute(args, model, rows.step(0))
     assert loss == pytest.approx(math.log(2), abs=1e-6)
     assert measures["rewards/margins"] == pytest.approx(0, abs=1e-6)
@@ -230,13 +236,110 @@ def test_a_micro_batch_of_fillers_alone_has_loss_0_and_a_backward(parts):
     for loss_type in LOSSES:
         args, rows, model = prepare(parts, loss_type)
         compute_logps = dpo.choose_logps(args, model)
-        batch = PreferenceCollator(True)([rows.dataset.filler_row()] * 2)
+        batch = dpo.choose_collator(args, model)([rows.dataset.filler_row()] * 2)
         kl = torch.zeros(())
         reference = dpo.reference_logps(args, model, compute_logps, batch)
         loss, sums = dpo.compare(args, batch, dpo.policy_logps(args, model, compute_logps, batch), reference, kl)
         loss.backward()
         assert loss.item() == 0 and sums.tolist() == [0] * len(dpo.SUMS)
         assert all(p.grad is None or p.grad.abs().sum() == 0 for p in model.parameters())
+
+
+def test_an_answer_without_any_doubt_has_a_gradient_in_orpo():
+    """Its log-probability is rounded to 0 in float32, and its odds are infinite."""
+    chosen = torch.tensor([0.0, -1e-9, -0.5], requires_grad=True)
+    rejected = torch.tensor([-0.5, 0.0, 0.0], requires_grad=True)
+    dpo.orpo_loss(dpo.Arguments(beta=0.3), chosen, rejected).sum().backward()
+    assert torch.isfinite(chosen.grad).all() and torch.isfinite(rejected.grad).all()
+
+
+def test_ktos_mismatched_documents_end_where_the_model_ends(tmp_path):
+    rows = []
+    for prompt, answer in ((60, 3), (3, 60)):
+        rows.append({"prompt_ids": [5 + prompt] * prompt, "completion_ids": [7] * answer,
+                     "completion_labels": [7] * answer, "label": True})  # fmt: skip
+    config = AutoConfig.for_model("llama", vocab_size=300, max_position_embeddings=64)
+    dataset = PreferenceDataset(save_preferences(rows, tmp_path / "set"), config)
+    for row, expected in ((dataset[0], 4), (dataset[1], 3)):
+        assert len(row["mismatched_ids"]) == len(row["mismatched_labels"]) == expected
+
+
+# --- The prompt of a pair is computed once --------------------------------------------------------------------------
+
+
+def random_model(model_type: str, **settings) -> torch.nn.Module:
+    """Two layers of 32, with attention inside documents where that is possible."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        model_type, vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, **settings,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    data_collator.attend_inside_documents(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 5}),
+        ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+        ("qwen3", {"head_dim": 8}),
+        ("gemma3_text", {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
+    ],
+)
+def test_both_answers_behind_one_prompt_give_the_numbers_of_two_documents(model_type, settings):
+    model = random_model(model_type, **settings)
+    data_collator.check_document_attention(model, 300)
+    assert data_collator.can_share_prompts(model, 300)
+    rows = []
+    for row in random_pairs(6, longest=20):
+        rows.append({name: torch.tensor(ids) for name, ids in row.items()})
+    rows[1]["chosen_labels"][:2] = -100
+    rows[4]["prompt_ids"] = rows[4]["prompt_ids"][:0]  # nothing predicts the first tokens of its answers
+    found = []
+    for shares_prompts in (True, False):
+        model.zero_grad()
+        batch = PreferenceCollator(True, shares_prompts)(rows)
+        logps = data_collator.sum_over_documents(dpo.logps_in_chunks(model, batch), batch)
+        (logps * torch.arange(1, 13)).sum().backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        found.append((batch, logps.detach(), gradients))
+    (shared, logps, gradients), (apart, expected, expected_gradients) = found
+    assert shared["lengths"].tolist() == apart["lengths"].tolist()
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    saved = sum(len(row["prompt_ids"]) for row in rows)
+    assert shared["input_ids"].numel() == apart["input_ids"].numel() - saved
+
+
+def test_a_prompt_is_not_shared_where_the_numbers_would_be_others(parts, monkeypatch):
+    """A layer that carries the chosen answer on, transformers' own attention, and a kernel with another order."""
+    model = random_model("lfm2", layer_types=["conv", "full_attention"], conv_L_cache=3)
+    assert model.config._attn_implementation == "documents" and not data_collator.can_share_prompts(model, 300)
+    model = random_model("llama")
+    model.set_attn_implementation("sdpa")
+    assert not data_collator.can_share_prompts(model, 300)
+    model = random_model("llama")
+    assert data_collator.can_share_prompts(model.bfloat16(), 300)
+
+    def begin_at_the_first_key(query, key, value, scaling, dropout, borders, sliding_window):
+        outputs = []
+        documents = zip(*(states.split(border.diff().tolist(), 2) for states, border in
+                          ((query, borders[0]), (key, borders[1]), (value, borders[1]))), strict=True)  # fmt: skip
+        for states in documents:
+            output = torch.nn.functional.scaled_dot_product_attention(*states, is_causal=True, enable_gqa=True)
+            outputs.append(output.transpose(1, 2))
+        return torch.cat(outputs, dim=1)
+
+    monkeypatch.setattr(data_collator, "one_document_after_the_other", begin_at_the_first_key)
+    assert not data_collator.can_share_prompts(random_model("llama"), 300)
 
 
 # --- Log-probabilities ---------------------------------------------------------------------------------------------
@@ -351,7 +454,8 @@ def test_evaluation_weighs_every_row_the_same(parts):
             args, _, model = prepare(parts, loss_type, "--per_device_eval_batch_size", size)
             dataset = PreferenceDataset(parts[f"eval {data_of(loss_type)}"])
             compute_logps = dpo.choose_logps(args, model)
-            found.append(dpo.evaluate(args, model, compute_logps, dataset, CPU))
+            collate = dpo.choose_collator(args, model)
+            found.append(dpo.evaluate(args, model, compute_logps, collate, dataset, CPU))
         assert found[1] == pytest.approx(found[0], rel=1e-5, abs=1e-6)
         assert found[2] == pytest.approx(found[0], rel=1e-5, abs=1e-6)
         assert found[0]["eval_loss"] == pytest.approx(compute(args, model, list(dataset))[0], rel=1e-5)
@@ -534,8 +638,26 @@ def test_all_weights_are_not_trained_on_without_the_reference_that_they_began_wi
         parts, tmp_path / "out", "sigmoid", *flags, "--max_steps", 4, "--resume_from_checkpoint", "True", check=False
     )
     assert resumed.returncode == 1
-    assert path.name in resumed.stderr and "start a new run" in resumed.stderr
+    assert path.name in resumed.stderr and "a run of one step in another --output_dir makes it again" in resumed.stderr
     assert not reference_files(data)
+    # As it says:
+    run_dpo(parts, tmp_path / "other", "sigmoid", *flags, "--max_steps", 1)
+    run_dpo(parts, tmp_path / "out", "sigmoid", *flags, "--max_steps", 4, "--resume_from_checkpoint", "True")
+
+
+def test_a_run_is_not_resumed_with_another_reference_in_the_same_place(parts, adapter, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    flags = ["--peft_path", folder, "--max_steps", 2]
+    run_dpo(parts, tmp_path / "out", "sigmoid", *flags)
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
+    again = ["--max_steps", 4, "--resume_from_checkpoint", "True"]
+    resumed = run_dpo(parts, tmp_path / "out", "sigmoid", *flags, *again, check=False)
+    assert resumed.returncode == 1 and "peft_sha256" in resumed.stderr and "Traceback" not in resumed.stderr
+    shutil.copy(adapter / "adapter_model.safetensors", folder)
+    run_dpo(parts, tmp_path / "out", "sigmoid", *flags, *again)
+    assert len(history_of(tmp_path / "out")) == 4
 
 
 # --- Sets ----------------------------------------------------------------------------------------------------------
@@ -594,9 +716,13 @@ def test_sets_are_mixed_by_weight_and_not_by_kind(parts, tmp_path):
 
 MISTAKES = {
     "a set of supervised rows": (["--dataset_path", "{rows}"], "no column prompt_ids", "--format preference"),
-    "single answers for pairs": (["--dataset_path", "{answers}"], "a row of the set has one", "choose kto"),
-    "pairs for kto": (["--loss_type", "kto"], "--loss_type kto", "the set has pairs"),
-    "an evaluation of the other kind": (["--eval_dataset_path", "{answers}"], "a row of the set has one", "kto"),
+    "single answers for pairs": (["--dataset_path", "{answers}"], "{answers} has single ones", "choose kto"),
+    "pairs for kto": (["--loss_type", "kto"], "--loss_type kto", "{pairs} has pairs"),
+    "an evaluation of the other kind": (
+        ["--loss_type", "kto", "--dataset_path", "{answers}", "--eval_dataset_path", "{pairs}"],
+        "--eval_dataset_path {pairs}: it has pairs",
+        "name a set of the same kind",
+    ),
     "beta 0": (["--beta", 0], "--beta 0.0", "must be > 0"),
     "smoothing of the hinge": (["--loss_type", "hinge", "--label_smoothing", 0.1], "not for --loss_type hinge", ""),
     "too much smoothing": (["--label_smoothing", 0.5], "--label_smoothing 0.5", "choose 0.1 or less"),
@@ -650,9 +776,17 @@ def test_a_mistake_is_one_message_before_weights_are_loaded(name, parts, bad, tm
     assert "Traceback" not in completed.stderr
     assert completed.stderr.count("error:") == 1
     for text in expected:
-        assert text in completed.stderr
+        assert text.format(**bad) in completed.stderr
     assert "Loading weights" not in completed.stderr
     assert not out.exists()
+
+
+def test_the_trainer_refuses_an_adapter_that_it_cannot_switch_off(parts, tmp_path):
+    config = dpo.peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", use_dora=True)
+    config.save_pretrained(tmp_path / "dora")
+    with pytest.raises(ValueError, match="its adapter is DoRA.*finetune_pp_dpo.py trains it"):
+        dpo_trainer.check_adapter(tmp_path / "dora")
+    dpo.check_adapter(tmp_path / "dora")
 
 
 @pytest.mark.parametrize("script", ["finetune_pp_peft.py", "finetune_pp.py"])

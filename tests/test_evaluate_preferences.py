@@ -192,6 +192,13 @@ def test_without_a_reference_log_probabilities_are_compared_and_it_says_so(
     assert "no reference: the log-probabilities of the two answers were compared, and no rewards" in printed
 
 
+def test_by_the_average_of_a_token_a_long_answer_can_win_that_a_sum_lets_lose():
+    """What ORPO and SimPO train: 40 tokens at -1.0 against 20 at -1.5."""
+    result = evaluate.evaluate_pairs([[-40.0, -30.0], [-10.0, -30.0]], [[40, 20], [10, 40]], None, 0.1)
+    assert result["accuracy"] == result["accuracy_log_prob"] == 0.5 and result["accuracy_norm"] == 0.5
+    assert [example["right_norm"] for example in result["examples"]] == [True, False]
+
+
 def test_an_untrained_adapter_has_no_reward_and_no_right_answer(tmp_path, monkeypatch, capsys, model_path, pairs):
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), config)
@@ -218,6 +225,26 @@ def test_an_adapter_that_went_on_from_another_is_scored_against_that(tmp_path, m
         assert example["reference_chosen"] == pytest.approx(chosen, rel=1e-5)
         assert example["reference_rejected"] == pytest.approx(rejected, rel=1e-5)
     assert result["reference"] == str(first) and result["beta"] == 0.5
+
+    # Beside a run with another zero, rewards say nothing.
+    printed = run(monkeypatch, capsys, "--compare", first, second, "--dataset_path", pairs, "--output",
+                  tmp_path / "compared.json")  # fmt: skip
+    compared = json.loads((tmp_path / "compared.json").read_text())
+    right = [[example["right_log_prob"] for example in compared[name]["examples"]] for name in ("a", "b")]
+    assert compared["mcnemar"]["only_a"] == sum(a and not b for a, b in zip(*right, strict=True))
+    assert f"their references differ, {model_path} and {first}, so the log-probabilities are compared" in printed
+
+    arguments["loss_type"] = "simpo"  # whose beta is another number
+    (second / "run.json").write_text(json.dumps({"arguments": arguments}))
+    run(monkeypatch, capsys, "--peft_path", second, "--dataset_path", pairs)
+    assert json.loads((second / "evaluation.json").read_text())["beta"] == 0.1
+
+    arguments["peft_path"] = str(second)  # as runs of former versions could have it
+    (second / "run.json").write_text(json.dumps({"arguments": arguments}))
+    message = stop_message(monkeypatch, "--peft_path", second, "--dataset_path", pairs)
+    assert f"{second}: that is its own folder, so it is gone; name a copy by --base_model" in message
+    arguments["peft_path"] = str(first)
+    (second / "run.json").write_text(json.dumps({"arguments": arguments}))
     shutil.rmtree(first)
     message = stop_message(monkeypatch, "--peft_path", second, "--dataset_path", pairs)
     assert f"{second} was trained from the adapter {first}: no such folder" in message

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_rows, run_script
+from preference_rows import random_pairs, save_preferences
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
@@ -39,10 +40,13 @@ STRATEGIES = {
     "ZeRO-3 LoRA": ["finetune_pp_peft_trainer_deepspeed.py", "--deepspeed", "ds_configs/zero3.json", *NO_DROPOUT],
     "1F1B full": ["finetune_pp_1f1b.py", *PIPELINE],
     "1F1B LoRA": ["finetune_pp_1f1b.py", "--lora_used", "True", *NO_DROPOUT, *PIPELINE],
+    "DPO": ["finetune_pp_dpo.py"],
+    "FSDP2 DPO": ["finetune_pp_dpo_trainer.py"],
+    "ZeRO-3 DPO": ["finetune_pp_dpo_trainer.py", "--deepspeed", "ds_configs/zero3.json"],
 }
 for name in STRATEGIES:
     if name.startswith("ZeRO"):
-        STRATEGIES[name] += ["--lora_used", str("LoRA" in name)]
+        STRATEGIES[name] += ["--lora_used", str("full" not in name)]
 FLOAT32 = 1e-4  # a GPU sums in another order than a CPU
 BF16 = 1e-2  # 8 bits of mantissa in every activation; on a CPU bf16 is 0.0013 from float32
 
@@ -53,16 +57,20 @@ def skip_without_deepspeed(strategy: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def train(tiny_model, tiny_set):
+def train(tiny_model, tiny_set, tmp_path_factory):
     """train(out, command, *flags): the losses of a run in the folder `out`."""
+    pairs = save_preferences(random_pairs(16), tmp_path_factory.mktemp("pairs") / "pairs")
 
     def run(out: Path, command: list, *flags, num_processes: int = 1, **environment) -> list[float]:
         launcher = []
         if num_processes > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_processes]
         script, *own = command
-        places = ["--model_path", tiny_model, "--dataset_path", tiny_set, "--output_dir", out]
-        run_script(*launcher, script, *COMMON, *places, *own, *flags, **environment)
+        data = tiny_set
+        if "dpo" in script:
+            data = pairs
+        paths = ["--model_path", tiny_model, "--dataset_path", data, "--output_dir", out]
+        run_script(*launcher, script, *COMMON, *paths, *own, *flags, **environment)
         return read_losses(out)
 
     return run
@@ -76,7 +84,7 @@ def read_losses(out: Path) -> list[float]:
 def reference(train, tmp_path_factory) -> dict[str, list[float]]:
     """The losses of the plain loops on the CPU in float32, which are those of all strategies."""
     losses = {}
-    for kind in ("full", "LoRA"):
+    for kind in ("full", "LoRA", "DPO"):
         out = tmp_path_factory.mktemp("reference") / kind
         losses[kind] = train(out, STRATEGIES[kind], "--use_cpu", True, "--bf16", False)
         assert losses[kind][3] != pytest.approx(losses[kind][0], rel=0.01)  # else the steps would not matter
@@ -182,6 +190,12 @@ def test_documents_do_not_see_each_other(tiny_model):
     model = load(tiny_model, torch.bfloat16)
     data_collator.check_document_attention(model, 300)  # raises ValueError
     assert model.config._attn_implementation == "documents"
+
+
+def test_both_answers_can_have_one_prompt(tiny_model):
+    """Keys have other borders than queries then, and the kernel has to end both alike."""
+    with torch.autocast("cuda", torch.bfloat16):
+        assert data_collator.can_share_prompts(load(tiny_model, torch.bfloat16), 300)
 
 
 def prepare(strategy: str, tiny_model):

@@ -186,6 +186,22 @@ def test_gpus_that_pytorch_cannot_use_are_a_mistake_and_not_a_crash(name, monkey
     assert script.check_machine(args) == []
 
 
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_run_does_not_write_where_it_reads(name, tmp_path, monkeypatch):
+    """It would move away the model that it is to load, or be resumed with what it has written itself."""
+    script = importlib.import_module(name[:-3])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    own = {field.name for field in dataclasses.fields(script.Arguments)}
+    for flag in {"model_path", "peft_path", "dataset_path", "eval_dataset_path"} & own:
+        for value in ("a", "./a/", str(tmp_path / "a"), "link"):
+            (mistake,) = script.check_folders(script.Arguments(output_dir="a", **{flag: value}))
+            assert mistake.startswith(f"--output_dir a: is --{flag}, too")
+        assert script.check_folders(script.Arguments(output_dir="a", **{flag: "a/b"})) == []
+    assert len(script.check_folders(script.Arguments(output_dir="a", dataset_path="b:0.5,a:2"))) == 1
+    assert script.check_folders(script.Arguments(output_dir="a", resume_from_checkpoint="a/checkpoint-2")) == []
+
+
 def test_the_lock_of_a_killed_compilation_is_a_mistake_and_not_an_endless_wait(tmp_path, monkeypatch):
     script = importlib.import_module("finetune_pp_peft_trainer_deepspeed")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
@@ -246,6 +262,7 @@ DIFFERENT = {
     "Trainer.save_model",
     # Only in the two that learn from preferences are these not what they are in all others:
     "make_micro_batches",
+    "read_ahead",
     "Trainer._save_optimizer_and_scheduler",
     "Trainer.compute_loss",
     "Trainer.evaluate",
@@ -255,7 +272,7 @@ DIFFERENT = {
 }
 # What the two share that learn from preferences: the losses, what is logged, and the reference's file.
 OF_PREFERENCES = {
-    "check_loss", "check_pairing", "check_adapter", "check_reference", "add_adapter", "add_reference_adapter",
+    "check_loss", "check_pairing", "check_reference", "add_adapter", "add_reference_adapter",
     "is_precomputed", "hash_weights", "find_reference", "save_reference", "sigmoid_loss", "ipo_loss", "hinge_loss",
     "simpo_loss", "orpo_loss", "kto_loss", "compare", "average",
 }  # fmt: skip

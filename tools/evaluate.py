@@ -224,7 +224,9 @@ def check_reference(args: Arguments, source: ModelSource, data: TestSet, mistake
     if path is None:
         return None
     if Path(path).absolute() == Path(source.peft_path or source.model_path).absolute():
-        if args.compare is None:
+        if flag != "--base_model":  # runs of former versions could write where they had read from
+            mistakes.append(f"{flag} {path}: that is its own folder, so it is gone; name a copy by --base_model")
+        elif args.compare is None:
             mistakes.append(f"--base_model {path}: it is the model that is scored, and all its rewards would be 0; "
                             "leave it out")  # fmt: skip
         return None
@@ -715,6 +717,11 @@ def score_pairs(model, pairs: list[dict], batch_size: int) -> list[list[float]]:
     return sums
 
 
+def count_targets(pairs: list[dict]) -> list[list[int]]:
+    """How many tokens have a label, of the chosen and the rejected answer of each pair."""
+    return [[sum(label != IGNORE_INDEX for label in labels) for labels in pair["labels"]] for pair in pairs]
+
+
 def evaluate_preference(args: Arguments, run: Run) -> dict:
     """Scores the model, and then the model before training, if there is one: with the adapter off, or another."""
     batch_size = args.per_device_eval_batch_size
@@ -730,12 +737,21 @@ def evaluate_preference(args: Arguments, run: Run) -> dict:
     elif run.source.adapter is not None:
         with model.disable_adapter():
             reference = score_pairs(model, run.data.rows, batch_size)
-        name = f"{run.source.model_path}, the same model with the adapter switched off"
-    return {"reference": name} | evaluate_pairs(scores, reference, find_beta(args, run.source))
+        name = run.source.model_path
+    numbers = count_targets(run.data.rows)
+    return {"reference": name} | evaluate_pairs(scores, numbers, reference, find_beta(args, run.source))
 
 
-def evaluate_pairs(scores: list[list[float]], reference: list[list[float]] | None, beta: float) -> dict:
+def evaluate_pairs(
+    scores: list[list[float]], numbers: list[list[int]], reference: list[list[float]] | None, beta: float
+) -> dict:
     """All figures of a set of pairs, and `examples` with what each pair got.
+
+    Args:
+        scores: the log-probability of the chosen and the rejected answer of each pair.
+        numbers: their tokens, by which `accuracy_norm` divides: ORPO and SimPO train these averages.
+        reference: the same as `scores` of the model before training, or None.
+        beta: the factor of rewards.
 
     The implicit reward of an answer is beta * (its log-probability - that of the reference), and the loss is the mean
     of -log sigmoid(reward of the chosen answer - reward of the rejected one) (Rafailov et al. 2023, section 4). A tie
@@ -744,6 +760,7 @@ def evaluate_pairs(scores: list[list[float]], reference: list[list[float]] | Non
     examples = []
     for number, (chosen, rejected) in enumerate(scores):
         example = {"chosen": chosen, "rejected": rejected, "right_log_prob": chosen > rejected}
+        example["right_norm"] = chosen / max(1, numbers[number][0]) > rejected / max(1, numbers[number][1])
         example["right"] = example["right_log_prob"]
         if reference is not None:
             example["reference_chosen"], example["reference_rejected"] = reference[number]
@@ -752,7 +769,8 @@ def evaluate_pairs(scores: list[list[float]], reference: list[list[float]] | Non
             example["right"] = example["reward_chosen"] > example["reward_rejected"]
         examples.append(example)
     result = {"num_pairs": len(examples), "beta": beta}
-    for name, key in (("accuracy", "right"), ("accuracy_log_prob", "right_log_prob")):
+    keys = {"accuracy": "right", "accuracy_log_prob": "right_log_prob", "accuracy_norm": "right_norm"}
+    for name, key in keys.items():
         num_right = sum(example[key] for example in examples)
         result[name] = num_right / len(examples)
         result[f"{name}_interval"] = list(wilson_interval(num_right, len(examples)))
@@ -773,10 +791,13 @@ def evaluate_pairs(scores: list[list[float]], reference: list[list[float]] | Non
 
 
 def find_beta(args: Arguments, source: ModelSource) -> float:
-    """--beta, or what the model was trained with, or TRL's default."""
+    """--beta, or what the model was trained with, or TRL's default; that of ORPO and SimPO is no factor of rewards."""
     if args.beta is not None:
         return args.beta
-    return source.receipt.get("arguments", {}).get("beta") or 0.1
+    arguments = source.receipt.get("arguments", {})
+    if arguments.get("loss_type") in ("orpo", "simpo"):
+        return 0.1
+    return arguments.get("beta") or 0.1
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -961,7 +982,7 @@ def describe(result: dict) -> str:
         low, high = result["accuracy_interval"]
         line = f"accuracy of {name_measure(result)} {result['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%})"
         if result["loss"] is not None:
-            line += f", loss {result['loss']:.4f}"
+            line += f", DPO's loss {result['loss']:.4f}"
         return f"{line}, {result['num_pairs']} pairs: {path}"
     line = f"loss {result['loss']:.4f}, token accuracy {result['token_accuracy']:.1%}"
     line += f", {result['num_targets']:,} targets"
@@ -979,12 +1000,18 @@ def name_measure(result: dict) -> str:
 
 def print_rewards(result: dict) -> None:
     """The rest of the result on pairs of answers."""
+    low, high = result["accuracy_norm_interval"]
+    print(f"by the average log-probability of a token, which ORPO and SimPO train, {result['accuracy_norm']:.1%} "
+          f"({low:.1%} to {high:.1%})")  # fmt: skip
     if result["reference"] is None:
         print("no reference: the log-probabilities of the two answers were compared, and no rewards; --base_model "
               "names the model before training")  # fmt: skip
         return
     low, high = result["accuracy_log_prob_interval"]
-    print(f"reference: {result['reference']}\nreward of the chosen answers {result['reward_chosen']:.4f}, of the "
+    reference = result["reference"]
+    if reference == result["model_path"]:
+        reference += ", the same model with the adapter switched off"
+    print(f"reference: {reference}\nreward of the chosen answers {result['reward_chosen']:.4f}, of the "
           f"rejected ones {result['reward_rejected']:.4f}, margin {result['reward_margin']:.4f} (beta "
           f"{result['beta']}); without the reference, by log-probability, {result['accuracy_log_prob']:.1%} ({low:.1%} "
           f"to {high:.1%})")  # fmt: skip
@@ -1010,7 +1037,8 @@ def print_details(result: dict) -> None:
 COLUMNS = {  # of the Markdown table, for each kind of set
     "multiple_choice": ["accuracy", "accuracy_interval", "accuracy_norm", "loss", "calibration_error",
                         "baseline_majority", "baseline_random", "num_questions"],
-    "preference": ["accuracy", "accuracy_interval", "accuracy_log_prob", "reward_margin", "loss", "num_pairs"],
+    "preference": ["accuracy", "accuracy_interval", "accuracy_log_prob", "accuracy_norm", "reward_margin", "loss",
+                   "num_pairs"],
     "instruction": ["loss", "token_accuracy", "num_targets"],
     "text": ["perplexity", "bits_per_byte", "loss", "token_accuracy", "num_targets"],
 }  # fmt: skip
@@ -1125,9 +1153,12 @@ def compare(args: Arguments, runs: list[Run | None]) -> dict:
         if a.get(name) != b.get(name):
             raise ValueError("--compare: the two were scored on other questions or with other shots")
     key = "right"
-    if a.get("kind") == "preference" and (a["reference"] is None or b["reference"] is None):
+    if a.get("kind") == "preference" and (a["reference"] is None or a["reference"] != b["reference"]):
         key = "right_log_prob"
-        print("one of them has no reference, so the log-probabilities are compared, of both")
+        reason = "one of them has no reference"
+        if a["reference"] and b["reference"]:
+            reason = f"their references differ, {a['reference']} and {b['reference']}"
+        print(f"{reason}, so the log-probabilities are compared, of both")
         print(f"accuracy of the log-probability: {a['accuracy_log_prob']:.1%} and {b['accuracy_log_prob']:.1%}")
     test = mcnemar([example[key] for example in a["examples"]], [example[key] for example in b["examples"]])
     test["verdict"] = "the difference may be chance"

@@ -148,21 +148,23 @@ class PreferenceFolder(TokenizedFolder):
     }  # fmt: skip
 
     def choose_columns(self, table) -> dict:
-        """The columns that are read, by their names; sets `answers`, too: the names of the answers that a row has."""
         names = table.column_names
-        self.answers = ("chosen", "rejected")
-        if "completion_ids" in names:
-            self.answers = ("completion",)
+        answers = find_answers(names)
         expected = ["prompt_ids"]
-        for answer in self.answers:
+        for answer in answers:
             expected += [f"{answer}_ids", f"{answer}_labels"]
-        if self.answers == ("completion",):
+        if answers == ("completion",):
             expected.append("label")
         missing = [name for name in expected if name not in names]
         if missing:
             raise ValueError(f"no column {', '.join(missing)} (columns: {', '.join(names)}); make it with "
                              "python data_sample/tokenize_dataset.py --format preference")  # fmt: skip
         return {name: table.column(name) for name in expected}
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The names of the answers that a row has."""
+        return find_answers(self.columns)
 
     def check_context(self, config, passage_length: int) -> int:
         """The most tokens of a document; the model must have a position for each of them."""
@@ -176,6 +178,13 @@ class PreferenceFolder(TokenizedFolder):
             raise ValueError(f"a prompt and its answer have {longest} tokens, and the model can attend to {context}; "
                              f"tokenize again with --max_length {context}")  # fmt: skip
         return longest
+
+
+def find_answers(columns) -> tuple[str, ...]:
+    """The answers of a row of preferences, by the names of its columns."""
+    if "completion_ids" in columns:
+        return ("completion",)
+    return ("chosen", "rejected")
 
 
 def find_context(config) -> float:

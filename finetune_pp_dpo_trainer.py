@@ -199,7 +199,7 @@ def check_arguments(args: Arguments):
     Raises:
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
     """
-    args.use_cpu |= torch.cuda.device_count() == 0
+    args.use_cpu = args.use_cpu or torch.cuda.device_count() == 0
     mistakes = check_numbers(args) + check_folders(args) + check_machine(args) + check_launcher() + check_loss(args)
     other = "DEEPSPEED"
     if args.deepspeed:

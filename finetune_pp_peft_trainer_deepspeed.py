@@ -185,7 +185,7 @@ def check_arguments(args: Arguments):
     Raises:
         ValueError: all mistakes, one a line, each with the flag, its value and the remedy.
     """
-    args.use_cpu |= torch.cuda.device_count() == 0
+    args.use_cpu = args.use_cpu or torch.cuda.device_count() == 0
     mistakes = check_numbers(args) + check_folders(args) + check_machine(args) + check_locks() + check_launcher()
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         mistakes.append("ACCELERATE_USE_FSDP is true, and this script uses DeepSpeed: unset it")

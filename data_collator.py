@@ -826,8 +826,6 @@ def attend_inside_documents(model: torch.nn.Module, is_compiled: bool = False) -
     """
     from transformers import AttentionInterface
 
-    # On H100 and later GPUs PyTorch would prefer cuDNN, which builds a plan of half a second for each new length.
-    torch.backends.cuda.enable_cudnn_sdp(False)
     if "chunked_attention" in (getattr(model.config, "layer_types", None) or ()):
         return  # Llama 4's chunks inside a document stand in the mask alone
     # Private in transformers, which has no public question for it: whether layers call the AttentionInterface.

@@ -457,6 +457,8 @@ def load_model(args: Arguments, config, checkpoint: Path | None, devices: list[t
     check_loading(args, loading)
     if len(devices) > 1:
         move_inputs_to_layers(model, device_map)
+    # On H100 and later GPUs PyTorch would prefer cuDNN, which builds a plan of half a second for each new length.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if args.attn_implementation == "auto" and args.padding_free:
         data_collator.attend_inside_documents(model, args.torch_compile)
     if args.gradient_checkpointing:

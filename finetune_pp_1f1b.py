@@ -588,6 +588,8 @@ def load_stage(args: Arguments, config, rows: TrainingRows, device: torch.device
         output_loading_info=True,
     )
     check_loading(args, loading)
+    # On H100 and later GPUs PyTorch would prefer cuDNN, which builds a plan of half a second for each new length.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if args.attn_implementation == "auto" and args.padding_free:
         data_collator.attend_inside_documents(stage, args.torch_compile)
     if args.gradient_checkpointing:

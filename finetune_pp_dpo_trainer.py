@@ -729,6 +729,8 @@ def load_model(args: Arguments, checkpoint: Path | None) -> torch.nn.Module:
         mismatch = str(problem).splitlines()[1].strip()
         sys.exit(f"error: --model_path {args.model_path}: {mismatch}")
     check_loading(args, loading)
+    # On H100 and later GPUs PyTorch would prefer cuDNN, which builds a plan of half a second for each new length.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if args.attn_implementation == "auto" and args.padding_free:
         data_collator.attend_inside_documents(model, args.torch_compile)
     if args.gradient_checkpointing:

@@ -610,6 +610,8 @@ def load_model(args: Arguments, config, devices: list[torch.device]) -> peft.Pef
     check_loading(args, loading)
     if len(devices) > 1:
         move_inputs_to_layers(base, device_map)
+    # On H100 and later GPUs PyTorch would prefer cuDNN, which builds a plan of half a second for each new length.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if args.attn_implementation == "auto" and args.padding_free:
         data_collator.attend_inside_documents(base, args.torch_compile)
     model = add_adapter(args, base)

@@ -638,6 +638,8 @@ def load_model(args: Arguments, checkpoint: Path | None) -> peft.PeftModel:
         **quantization,
     )
     check_loading(args, loading)
+    # On H100 and later GPUs PyTorch would prefer cuDNN, which builds a plan of half a second for each new length.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if args.attn_implementation == "auto" and args.padding_free:
         data_collator.attend_inside_documents(base, args.torch_compile)
     for module in base.modules():

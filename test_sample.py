@@ -272,6 +272,8 @@ def template_of_other(questions: Questions) -> dict:
 
 def load_model(source: ModelSource, load_in_4bit: bool, use_cpu: bool):
     """The model for inference: bf16 on a GPU that has it, float32 elsewhere; over all GPUs if there are several."""
+    # On H100 and later GPUs PyTorch would prefer cuDNN, which builds a plan of half a second for each new length.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = loading.compute_dtype(use_cpu)
     if use_cpu or not torch.cuda.is_available():
         device_map = {"": "cpu"}

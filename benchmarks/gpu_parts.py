@@ -240,7 +240,7 @@ def kernels(part: Part) -> None:
         shapes = [DRY_ATTENTION_SHAPE]
     for shape in shapes:
         compare_attention(part, shape, ways)
-    # What data_collator.py switches off; last, because a plan for each length may take all the time.
+    # What the scripts switch off; last, because a plan for each length may take all the time.
     if not part.is_dry:
         torch.backends.cuda.enable_cudnn_sdp(True)
         compare_attention(part, CUDNN_SHAPE, [("loop, cuDNN allowed", by_loop)])

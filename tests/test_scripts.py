@@ -186,6 +186,15 @@ def test_gpus_that_pytorch_cannot_use_are_a_mistake_and_not_a_crash(name, monkey
     assert script.check_machine(args) == []
 
 
+@pytest.mark.parametrize("name", [*TRAINING, "test_sample.py", "tools/evaluate.py"])
+def test_cudnns_attention_is_off_wherever_a_model_is_loaded(name):
+    """Padded rows and generated tokens have another length each time, too: it would plan for half a second each."""
+    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    load_model = next(node for node in tree.body if getattr(node, "name", "") in ("load_model", "load_stage"))
+    calls = [ast.unparse(node) for node in ast.walk(load_model) if isinstance(node, ast.Call)]
+    assert "torch.backends.cuda.enable_cudnn_sdp(False)" in calls
+
+
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_run_does_not_write_where_it_reads(name, tmp_path, monkeypatch):
     """It would move away the model that it is to load, or be resumed with what it has written itself."""

@@ -424,6 +424,8 @@ def load_model(source: ModelSource, load_in_4bit: bool, use_cpu: bool):
     device = "cpu"
     if torch.cuda.is_available() and not use_cpu:
         device = "cuda"
+    # On H100 and later GPUs PyTorch would prefer cuDNN, which builds a plan of half a second for each new length.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = loading.compute_dtype(use_cpu)
     options = {}
     if load_in_4bit:

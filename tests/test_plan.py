@@ -675,7 +675,7 @@ def test_mistakes_are_reported_together(tmp_path, monkeypatch, capsys):
         "--batch 0",
         "--target_share 2.0",
         "--network fast: a number of GB/s above 0, or one of none, 1gbe",
-        "--strategy DDP: choose from all, full, lora, dpo, pp",
+        "choose from all, full, lora, dpo, pp",
         "--gpu_memory 48.0: a card of your own needs all three",
         "--ask price: choose from best, models, context, gpus",
         "none.csv: not a CSV file",
@@ -683,7 +683,13 @@ def test_mistakes_are_reported_together(tmp_path, monkeypatch, capsys):
         assert part in stopped.value.code
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, capsys, "--gpu", "v200")
-    assert "--gpu v200: choose from all, cpu, a100-80g" in stopped.value.code
+    assert "choose from all, cpu, a100-80g" in stopped.value.code
+    names = {"4090": "rtx4090", "H100": "h100-80g", "a10": "a100-80g", "qlora": "QLoRA", "fsdp": "FSDP or FSDP+LoRA"}
+    for value, close in names.items():
+        flag = "--strategy" if value in ("qlora", "fsdp") else "--gpu"
+        with pytest.raises(SystemExit) as stopped:
+            call(monkeypatch, capsys, flag, value)
+        assert f"{flag} {value}: is it {close}" in stopped.value.code
 
 
 @pytest.fixture(scope="module")

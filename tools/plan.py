@@ -29,6 +29,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 from paths import expand_home
@@ -201,7 +202,8 @@ def read_strategies(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
         if name not in STRATEGIES:
-            raise ValueError(f"choose from all, full, lora, dpo, {', '.join(STRATEGIES)}")
+            known = ["all", "full", "lora", "dpo", *STRATEGIES]
+            raise ValueError(f"{suggest(name, known)}choose from {', '.join(known)}")
     return names
 
 
@@ -269,8 +271,19 @@ def read_gpus(text: str, custom: dict[str, GPU]) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in GPUS and name not in custom and name != "cpu":
-            raise ValueError(f"choose from all, cpu, {', '.join([*custom, *GPUS])}; or describe a card by --gpu_memory")
+            known = ["all", "cpu", *custom, *GPUS]
+            question = suggest(name, known)
+            raise ValueError(f"{question}choose from {', '.join(known)}; or describe a card by --gpu_memory")
     return names
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """The known names that have the letters of this one in them or are close to it."""
+    close = [other for other in known if name.lower() in other.lower()]
+    close = close or get_close_matches(name.lower(), known, n=2)
+    if not close:
+        return ""
+    return f"is it {' or '.join(close)}? else "
 
 
 def measure_this_cpu(model, processes: int) -> GPU:

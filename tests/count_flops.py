@@ -18,10 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def causal_products(query_shape, key_shape, value_shape) -> int:
-    """Operations of one product of queries and keys, where a query sees the keys before it and itself."""
-    rows, heads, length, size = query_shape
-    assert key_shape[2] == value_shape[2] == length
-    return 2 * rows * heads * size * length * (length + 1) // 2
+    """Operations of one product of queries and keys, where a query sees the keys before it and itself.
+
+    There can be more keys than queries: those of a prompt that two answers share.
+    """
+    rows, heads, num_queries, size = query_shape
+    num_before = key_shape[2] - num_queries
+    assert key_shape[2] == value_shape[2] and num_before >= 0
+    return 2 * rows * heads * size * (num_before * num_queries + num_queries * (num_queries + 1) // 2)
 
 
 def count_attention(query, key, value, *_, **__) -> int:

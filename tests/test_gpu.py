@@ -62,15 +62,12 @@ def train(tiny_model, tiny_set, tmp_path_factory):
     pairs = save_preferences(random_pairs(16), tmp_path_factory.mktemp("pairs") / "pairs")
 
     def run(out: Path, command: list, *flags, num_processes: int = 1, **environment) -> list[float]:
-        launcher = []
-        if num_processes > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_processes]
         script, *own = command
         data = tiny_set
         if "dpo" in script:
             data = pairs
         paths = ["--model_path", tiny_model, "--dataset_path", data, "--output_dir", out]
-        run_script(*launcher, script, *COMMON, *paths, *own, *flags, **environment)
+        run_script(script, *COMMON, *paths, *own, *flags, num_processes=num_processes, fresh=True, **environment)
         return read_losses(out)
 
     return run

@@ -158,16 +158,13 @@ def test_the_flops_that_are_charged_are_those_of_a_real_step(
 ):
     """Over all processes. Not charged, and below 3 %: the first layer of a frozen model needs no gradient of its input,
     and the last token of a row is no target."""
-    launch = []
-    if processes > 1:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     data = plan_validation.rows_of(strategy, counted_parts, 128)
     flags = ["--model_path", counted_parts / "model", "--dataset_path", data, "--max_steps", 3]
     flags += ["--use_cpu", True, "--bf16", False, "--report_to", "none", "--output_dir", tmp_path / "run"]
     flags += ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
     flags += ["--gradient_checkpointing", checkpointing, *STRATEGIES[strategy].flags.split()]
     script = plan_validation.script_of(strategy)
-    run_script(*launch, "tests/count_flops.py", tmp_path / "flops", script, *flags)
+    run_script("tests/count_flops.py", tmp_path / "flops", script, *flags, num_processes=processes)
     counted = sum(json.loads((tmp_path / f"flops.{rank}").read_text()) for rank in range(processes))
     setup = Setup(
         gpus=processes,

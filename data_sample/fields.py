@@ -1102,10 +1102,13 @@ def describe_row(row: dict, format: str) -> str:
             f"{hint}; a question has sent1, sent2, ending0, ending1 and so on, and label, or the columns of MedQA, "
             "MedMCQA, C-Eval or PubMedQA; name others, such as --columns question=Q,options=List,answer=Key"
         )
-    examples = {
-        "alpaca": "instruction=question,output=answer",
-        "chat": "messages=dialog",
-        "preference": "prompt=question,chosen=better,rejected=worse",
-        "text": "text=content",
-    }
-    return f"{hint}; if they have other names, say so: --columns {examples[format]}"
+    wanted = {
+        "alpaca": ("instruction", "output"),
+        "chat": ("messages",),
+        "preference": ("prompt", "chosen", "rejected"),
+        "text": ("text",),
+    }[format]
+    if len(row) < len(wanted):
+        return f"{hint}; needed are {', '.join(wanted)}, or columns that --columns names"
+    example = ",".join(f"{name}={own}" for name, own in zip(wanted, row, strict=False))
+    return f"{hint}; if they have other names, say so, such as --columns {example}"

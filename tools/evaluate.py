@@ -137,7 +137,18 @@ def check_arguments(args: Arguments) -> list[Run]:
         runs = check_runs(args, mistakes)
     if mistakes:
         raise ValueError("\n".join(mistakes))
+    if args.dataset_path == Arguments.dataset_path and any(was_trained_on_other_data(run) for run in runs):
+        print(f"scoring {args.dataset_path}, which is not about what this model was trained on; --dataset_path names "
+              "another set")  # fmt: skip
     return runs
+
+
+def was_trained_on_other_data(run: Run | None) -> bool:
+    """Whether the receipt of a run names another set than the sample's, to which the default test set belongs."""
+    if run is None:
+        return False
+    trained_on = run.source.receipt.get("arguments", {}).get("dataset_path")
+    return trained_on is not None and Path(trained_on).name != "triage_train"
 
 
 def check_runs(args: Arguments, mistakes: list[str]) -> list[Run]:

@@ -267,10 +267,11 @@ class Work:
 
 @lru_cache(maxsize=10_000)
 def layer_work(model: Model, strategy: Strategy, setup: Setup) -> Work:
-    """One decoder layer: forward, backward, and the forward again if activations are recomputed."""
-    num_forwards = 1
-    if setup.checkpointing:
-        num_forwards = 2
+    """One decoder layer: forward, backward, and the forward again if activations are recomputed.
+
+    PyTorch stops to recompute at the last input that the backward needs, which is that of down_proj or of its adapter;
+    DeepSpeed's products under ZeRO-3 keep their input when they are done, so that one is computed, too.
+    """
     attention_backward = FLASH_BACKWARD
     if attention_kernel(setup) == "eager":
         attention_backward = EAGER_BACKWARD
@@ -278,7 +279,14 @@ def layer_work(model: Model, strategy: Strategy, setup: Setup) -> Work:
     attention = 0.0
     moved = 0.0
     launches = 0
-    for kernel in layer_kernels(model, strategy, setup):
+    kernels = layer_kernels(model, strategy, setup)
+    num_repeated = max(number for number, kernel in enumerate(kernels) if kernel.saved)
+    if strategy.kind == "zero3":
+        num_repeated += 1
+    for number, kernel in enumerate(kernels):
+        num_forwards = 1
+        if setup.checkpointing and number < num_repeated:
+            num_forwards = 2
         num_products = num_forwards + 1  # the gradient of the input
         if kernel.is_trained:
             num_products += 1  # and that of the matrix

@@ -206,7 +206,8 @@ def by_varlen(query, key, value, lengths: list[int]) -> torch.Tensor:
 
     borders = torch.tensor([0, *lengths]).cumsum(0).to(query.device, torch.int32)
     scale = query.shape[-1] ** -0.5
-    return data_collator.varlen_attention(query, key, value, scale, borders, max(lengths), None)
+    longest = max(lengths)
+    return data_collator.varlen_attention(query, key, value, scale, (borders, borders), (longest, longest), None)
 
 
 def by_loop(query, key, value, lengths: list[int]) -> torch.Tensor:
@@ -215,7 +216,7 @@ def by_loop(query, key, value, lengths: list[int]) -> torch.Tensor:
 
     borders = torch.tensor([0, *lengths]).cumsum(0).to(query.device, torch.int32)
     scale = query.shape[-1] ** -0.5
-    return data_collator.one_document_after_the_other(query, key, value, scale, 0.0, borders, None)
+    return data_collator.one_document_after_the_other(query, key, value, scale, 0.0, (borders, borders), None)
 
 
 def by_mask(query, key, value, lengths: list[int]) -> torch.Tensor:
@@ -329,7 +330,7 @@ def save_shape(folder: Path, shape: str) -> Path:
         eos_token="</s>",
     )
     tokenizer.save_pretrained(folder)
-    save_file({}, folder / "no_weights.safetensors")
+    save_file({}, folder / "model.safetensors")  # a name for the scripts' checks; the weights are made at random
     return folder
 
 
@@ -341,7 +342,6 @@ def save_weights(folder: Path) -> None:
     config = AutoConfig.from_pretrained(folder)
     config.initializer_range = 0.05
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    (folder / "no_weights.safetensors").unlink()
 
 
 def save_rows(folder: Path, rows: list[list[int]], vocab_size: int) -> Path:

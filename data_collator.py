@@ -477,9 +477,10 @@ class PreferenceDataset(TokenizedDataset):
             folder, place, _ = self.locate(index, 0)
             row["label"] = torch.tensor(int(folder.columns["label"][place].as_py()))
             other = self.find_mismatched(index)
-            room = int(min(self.context - len(row["prompt_ids"]), len(self.read_column(other, "completion_ids"))))
-            row["mismatched_ids"] = self.read_column(other, "completion_ids")[:room]
-            row["mismatched_labels"] = self.read_column(other, "completion_labels")[:room]
+            answer = self.read_column(other, "completion_ids")
+            length = int(min(len(answer), self.context - len(row["prompt_ids"])))
+            row["mismatched_ids"] = answer[:length]
+            row["mismatched_labels"] = self.read_column(other, "completion_labels")[:length]
         if self.reference_logps is not None:
             row["reference_logps"] = self.reference_logps[index]
         return row
@@ -771,9 +772,14 @@ def join_pairs(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | 
       key_positions                where in the row these keys are
     The first tokens of both answers are predicted at one position, the prompt's last.
     """
-    input_ids, position_ids, key_positions = [], [], []
-    lengths_q, lengths_k = [], []
-    predicting, targets, documents = [], [], []
+    input_ids = []
+    position_ids = []
+    key_positions = []
+    lengths_q = []
+    lengths_k = []
+    predicting = []
+    targets = []
+    documents = []
     start = 0
     for number, row in enumerate(rows):
         parts = [row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]]
@@ -914,7 +920,8 @@ def one_document_after_the_other(query, key, value, scaling, dropout, borders, s
     if repeats_keys and num_groups > 1:
         key = key.repeat_interleave(num_groups, dim=1)
         value = value.repeat_interleave(num_groups, dim=1)
-    query_lengths, key_lengths = (border.diff().tolist() for border in borders)
+    query_lengths = borders[0].diff().tolist()
+    key_lengths = borders[1].diff().tolist()
     # split, and not slices: the gradient of a slice is as long as the whole row.
     documents = zip(query.split(query_lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2), strict=True)
     outputs = []

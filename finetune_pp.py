@@ -230,16 +230,19 @@ def check_numbers(args: Arguments) -> list[str]:
 
 
 def check_folders(args: Arguments) -> list[str]:
-    """The run's folder is none that it reads from: a new run moves away what lies in its folder."""
+    """What the run reads does not lie in its own folder: a new run moves a former one's contents away."""
+    output_dir = Path(args.output_dir).resolve()
+    moves_contents = args.resume_from_checkpoint == "False" and holds_a_run(output_dir)
     mistakes = []
     for name in PATHS:
         value = getattr(args, name)
         if value is None or name in ("output_dir", "resume_from_checkpoint"):
             continue
         for part in value.split(","):  # a mix of sets
-            if Path(part.partition(":")[0]).resolve() == Path(args.output_dir).resolve():
-                mistakes.append(f"--output_dir {args.output_dir}: is --{name}, too, and would be moved away; "
-                                "name another folder")  # fmt: skip
+            path = Path(part.partition(":")[0]).resolve()
+            if path == output_dir or (moves_contents and output_dir in path.parents):
+                mistakes.append(f"--output_dir {args.output_dir}: --{name} {value} lies in it, and would be moved "
+                                "away; name another folder")  # fmt: skip
     return mistakes
 
 

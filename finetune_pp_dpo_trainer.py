@@ -284,16 +284,19 @@ def check_numbers(args: Arguments) -> list[str]:
 
 
 def check_folders(args: Arguments) -> list[str]:
-    """The run's folder is none that it reads from: a new run moves away what lies in its folder."""
+    """What the run reads does not lie in its own folder: a new run moves a former one's contents away."""
+    output_dir = Path(args.output_dir).resolve()
+    moves_contents = args.resume_from_checkpoint == "False" and holds_a_run(output_dir)
     mistakes = []
     for name in PATHS:
         value = getattr(args, name)
         if value is None or name in ("output_dir", "resume_from_checkpoint"):
             continue
         for part in value.split(","):  # a mix of sets
-            if Path(part.partition(":")[0]).resolve() == Path(args.output_dir).resolve():
-                mistakes.append(f"--output_dir {args.output_dir}: is --{name}, too, and would be moved away; "
-                                "name another folder")  # fmt: skip
+            path = Path(part.partition(":")[0]).resolve()
+            if path == output_dir or (moves_contents and output_dir in path.parents):
+                mistakes.append(f"--output_dir {args.output_dir}: --{name} {value} lies in it, and would be moved "
+                                "away; name another folder")  # fmt: skip
     return mistakes
 
 
@@ -896,7 +899,8 @@ def orpo_loss(args: Arguments, chosen: torch.Tensor, rejected: torch.Tensor) -> 
     supervised fine-tuning. TRL takes that loss over the tokens of the prompt, too, and over all tokens of a batch.
     """
     # A certain answer's log p is rounded to 0, where the odds are infinite.
-    likely, unlikely = chosen.clamp(max=-1e-7), rejected.clamp(max=-1e-7)
+    likely = chosen.clamp(max=-1e-7)
+    unlikely = rejected.clamp(max=-1e-7)
     chosen_log_odds = likely - torch.log(-torch.expm1(likely))
     rejected_log_odds = unlikely - torch.log(-torch.expm1(unlikely))
     return -chosen - args.beta * logsigmoid(chosen_log_odds - rejected_log_odds)
@@ -1436,7 +1440,7 @@ def resume_settings(args: Arguments, rows: TrainingRows) -> dict:
         settings["world_size"] = os.environ.get("WORLD_SIZE", "1")  # its files hold the shards of so many processes
     for name in SHARED_BY_RESUMED:
         settings[name] = getattr(args, name)
-    if args.peft_path:
+    if args.peft_path and args.loss_type not in WITHOUT_REFERENCE:
         settings["peft_sha256"] = hash_weights(Path(args.peft_path))  # the adapter is the reference, too
     return settings
 

@@ -199,6 +199,16 @@ def test_by_the_average_of_a_token_a_long_answer_can_win_that_a_sum_lets_lose():
     assert [example["right_norm"] for example in result["examples"]] == [True, False]
 
 
+def test_it_is_said_when_the_default_set_is_not_of_the_run(tmp_path, monkeypatch, capsys, model_path, pairs):
+    """Runs on one's own data are not scored on the sample's questions without a word."""
+    adapter = save_adapter(tmp_path / "adapter", model_path, seed=1)
+    monkeypatch.setattr(evaluate.Arguments, "dataset_path", str(pairs))  # in place of the sample
+    for trained_on, expected in (("data/mine", True), ("data/triage_train", False), ("triage_train:1,mine:2", False)):
+        (adapter / "run.json").write_text(json.dumps({"arguments": {"dataset_path": trained_on}}))
+        printed = run(monkeypatch, capsys, "--peft_path", adapter, "--dataset_path", pairs)
+        assert ("--dataset_path names another set" in printed) == expected
+
+
 def test_an_untrained_adapter_has_no_reward_and_no_right_answer(tmp_path, monkeypatch, capsys, model_path, pairs):
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), config)

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -205,8 +206,16 @@ def test_a_run_does_not_write_where_it_reads(name, tmp_path, monkeypatch):
     for flag in {"model_path", "peft_path", "dataset_path", "eval_dataset_path"} & own:
         for value in ("a", "./a/", str(tmp_path / "a"), "link"):
             (mistake,) = script.check_folders(script.Arguments(output_dir="a", **{flag: value}))
-            assert mistake.startswith(f"--output_dir a: is --{flag}, too")
-        assert script.check_folders(script.Arguments(output_dir="a", **{flag: "a/b"})) == []
+            assert mistake.startswith(f"--output_dir a: --{flag} {value} lies in it")
+        assert script.check_folders(script.Arguments(output_dir="a", **{flag: "b"})) == []
+        # Inside, it is moved away along with a former run, and only then.
+        within = script.Arguments(output_dir="a", **{flag: "a/checkpoint-2"})
+        assert script.check_folders(within) == []
+        (tmp_path / "a" / "checkpoint-2").mkdir(parents=True)
+        assert len(script.check_folders(within)) == 1
+        within.resume_from_checkpoint = "True"
+        assert script.check_folders(within) == []
+        shutil.rmtree(tmp_path / "a")
     assert len(script.check_folders(script.Arguments(output_dir="a", dataset_path="b:0.5,a:2"))) == 1
     assert script.check_folders(script.Arguments(output_dir="a", resume_from_checkpoint="a/checkpoint-2")) == []
 

@@ -269,7 +269,7 @@ class Work:
 def layer_work(model: Model, strategy: Strategy, setup: Setup) -> Work:
     """One decoder layer: forward, backward, and the forward again if activations are recomputed.
 
-    PyTorch stops to recompute at the last input that the backward needs, which is that of down_proj or of its adapter;
+    PyTorch stops recomputing at the last input that the backward needs, which is that of down_proj or of its adapter;
     DeepSpeed's products under ZeRO-3 keep their input when they are done, so that one is computed, too.
     """
     attention_backward = FLASH_BACKWARD

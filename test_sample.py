@@ -157,7 +157,11 @@ def check_arguments(args: Arguments) -> Questions:
     if questions.template and args.system is not None:
         with collect(mistakes, f"--system {args.system}"):
             loading.check_system(source, args.system, questions.template)
-    if questions.template and not any(mistake.startswith("--system") for mistake in mistakes):
+    asks_sample = args.prompt is None and args.test_path == Arguments.test_path
+    if asks_sample and questions.template and questions.template["format"] != "mcq":
+        mistakes.append(f"{questions_flag}: these questions have options, and this model was trained on --format "
+                        f"{questions.template['format']}; name rows of that form, or ask by --prompt")  # fmt: skip
+    elif questions.template and not any(mistake.startswith("--system") for mistake in mistakes):
         with collect(mistakes, questions_flag):
             questions.prompts = encode_rows(source, questions.template, rows)
     if questions.prompts and other is not None:

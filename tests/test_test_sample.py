@@ -344,6 +344,14 @@ def run_of(workplace, template: dict):
     return folder, tokenizer
 
 
+@pytest.mark.parametrize("format", ["alpaca", "preference", "chat"])
+def test_the_sample_s_questions_are_not_asked_of_a_model_of_another_kind(format, workplace, monkeypatch):
+    """Without flags the newest run answers, and it may have been trained on other rows."""
+    run_of(workplace, {"format": format, "chat": False, "prompt": "{instruction}", "prompt_with_input": "{input}"})
+    message = stop_message(monkeypatch, "--model_path", workplace / "models" / "tiny")
+    assert f"this model was trained on --format {format}; name rows of that form, or ask by --prompt" in message
+
+
 def prompts_of(*flags) -> list[list[int]]:
     (args,) = test_sample.HfArgumentParser(test_sample.Arguments).parse_args_into_dataclasses(list(map(str, flags)))
     return test_sample.check_arguments(args).prompts

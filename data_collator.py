@@ -922,8 +922,12 @@ def one_document_after_the_other(query, key, value, scaling, dropout, borders, s
         value = value.repeat_interleave(num_groups, dim=1)
     query_lengths = borders[0].diff().tolist()
     key_lengths = borders[1].diff().tolist()
-    # split, and not slices: the gradient of a slice is as long as the whole row.
-    documents = zip(query.split(query_lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2), strict=True)
+    if len(query_lengths) == 1:
+        documents = [(query, key, value)]  # split, and its gradient, would copy them
+    else:
+        # split, and not slices: the gradient of a slice is as long as the whole row.
+        splits = (query.split(query_lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2))
+        documents = zip(*splits, strict=True)
     outputs = []
     for queries, keys, values in documents:
         num_before = keys.shape[2] - queries.shape[2]  # keys before the first query's own
@@ -943,6 +947,8 @@ def one_document_after_the_other(query, key, value, scaling, dropout, borders, s
             enable_gqa=num_groups > 1 and not repeats_keys,
         )
         outputs.append(output.transpose(1, 2))
+    if len(outputs) == 1:
+        return outputs[0]
     return torch.cat(outputs, dim=1)
 
 

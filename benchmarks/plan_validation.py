@@ -324,7 +324,7 @@ def validate(extent: str) -> bool:
 
 
 def step_seconds(folder: Path, case: Case, model_path: Path, rows: Path) -> float:
-    """The fastest of some steps behind the first two, by the clock of TensorBoard's file."""
+    """The median of the steps behind the first two, by the clock of TensorBoard's file."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     output = folder / f"time-{case.strategy}-{case.processes}"

@@ -965,6 +965,30 @@ def test_documents_of_length_zero_and_borders_with_a_first_dimension_are_allowed
     assert torch.equal(attend([0, 2, 2, 6]), expected)
 
 
+class Copies(TorchDispatchMode):
+    """Counts what joins or copies tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("cat", "copy_", "clone"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("borders, expected", [([0, 60], 0), ([0, 20, 60], 4)], ids=["one document", "two"])
+def test_the_only_document_of_a_row_is_not_copied(borders, expected):
+    """With two, the outputs are joined, and the gradients of queries, keys and values."""
+    states = [torch.randn(1, 2, 60, 8, requires_grad=True) for _ in range(3)]
+    with Copies() as copies:
+        output, _ = document_attention(None, *states, None, cu_seq_lens_q=torch.tensor(borders), max_length_q=60)
+        torch.autograd.grad(output, states, torch.ones_like(output))
+    assert len(copies.names) == expected, copies.names
+
+
 def test_dropout_of_attention_is_what_the_model_asks_for():
     exact = attend([0, 20, 60])
     assert torch.equal(attend([0, 20, 60], dropout=0.0), exact)

@@ -1,11 +1,14 @@
 """Measures this machine for plan.py: its CPU, as one process with as many threads as the scripts would give it; its
 first GPU; the way between GPU and host; and a disk."""
 
+import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -16,6 +19,9 @@ from .models import MODELS, Model
 
 TOKENS = 512  # of a forward
 NUM_SECONDS = 0.4  # for each measurement
+# Each measurement goes through so many bytes of different tensors and keeps its results: a step's tensors come from
+# memory and go to new memory, which takes twenty times as long as within a CPU's cache.
+WORKING_SET = 2**28
 
 
 def seconds_of(action: Callable[[], object]) -> float:
@@ -44,8 +50,18 @@ def num_threads(processes: int) -> int:
     return os.cpu_count()
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What one process reaches on a CPU."""
+
+    products: float  # FLOPs a second
+    attention: float  # FLOPs a second
+    bandwidth: float  # bytes a second of operations element by element
+    launch: float  # seconds to start an operation
+
+
 def measure_cpu(model: Model, processes: int, bf16: bool | None = None) -> GPU:
-    """What one process reaches with operations of the model's own sizes.
+    """What one process reaches with operations of the model's own sizes, while the others compute as well.
 
     Args:
         processes: that share the machine.
@@ -56,39 +72,72 @@ def measure_cpu(model: Model, processes: int, bf16: bool | None = None) -> GPU:
     dtype = torch.float32
     if bf16:
         dtype = torch.bfloat16
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(num_threads(processes))
-    with torch.no_grad():
-        flops = product_rate(model, dtype)
-        attention = attention_rate(model, dtype)
-        bandwidth = elementwise_rate(model, dtype)
-        launch = seconds_of(lambda: empty_operations(100)) / 100
-    torch.set_num_threads(threads_before)
+    threads = num_threads(processes)
+    num_at_once = min(processes, os.cpu_count())  # more would take turns, as speed.py knows
+    if num_at_once == 1:
+        rates = [measure_rates(model, dtype, threads)]
+    else:
+        context = multiprocessing.get_context("spawn")
+        barrier = context.Barrier(num_at_once)
+        with ProcessPoolExecutor(num_at_once, context, wait_for_others, (barrier,)) as pool:
+            futures = [pool.submit(measure_rates, model, dtype, threads) for _ in range(num_at_once)]
+            rates = [future.result() for future in futures]
+    products = statistics.mean(rate.products for rate in rates)
+    bandwidth = statistics.mean(rate.bandwidth for rate in rates)
     return GPU(
-        flops=flops,
+        flops=products,
         memory_bandwidth=bandwidth,
         memory=psutil.virtual_memory().total / processes,
         link=bandwidth / 4,  # gloo: into a socket, out of it, and into place
         product_share=1.0,
-        attention_share=attention / flops,
+        attention_share=statistics.mean(rate.attention for rate in rates) / products,
         source="measured",
         compute_bytes=dtype.itemsize,
         bandwidth_share=1.0,
-        launch=launch,
+        launch=statistics.mean(rate.launch for rate in rates),
         narrow=0.0,
         short_document=0.0,
     )
 
 
+def wait_for_others(barrier) -> None:
+    """In each process of the pool: all have imported PyTorch, and start together."""
+    barrier.wait()
+
+
+def measure_rates(model: Model, dtype: torch.dtype, threads: int) -> Rates:
+    """Measures this process."""
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        rates = Rates(
+            products=product_rate(model, dtype),
+            attention=attention_rate(model, dtype),
+            bandwidth=elementwise_rate(model, dtype),
+            launch=seconds_of(lambda: empty_operations(100)) / 100,
+        )
+    torch.set_num_threads(threads_before)
+    return rates
+
+
+def make_tensors(rows: int, columns: int, dtype: torch.dtype, number: int) -> list[torch.Tensor]:
+    return [torch.randn(rows, columns, dtype=dtype) for _ in range(number)]
+
+
 def product_rate(model: Model, dtype: torch.dtype) -> float:
     """FLOPs a second of the products of a layer's forward and backward."""
-    tokens = torch.randn(TOKENS, model.hidden, dtype=dtype)
-    matrix = torch.randn(model.intermediate, model.hidden, dtype=dtype)
-    gradient = torch.randn(TOKENS, model.intermediate, dtype=dtype)
-    seconds = seconds_of(lambda: tokens @ matrix.T)
-    seconds += seconds_of(lambda: gradient @ matrix)
-    seconds += seconds_of(lambda: gradient.T @ tokens)
-    return 3 * 2 * TOKENS * matrix.numel() / seconds
+    number = max(1, WORKING_SET // 4 // (TOKENS * model.intermediate * dtype.itemsize))
+    tokens = make_tensors(TOKENS, model.hidden, dtype, number)
+    matrices = make_tensors(model.intermediate, model.hidden, dtype, number)
+    gradients = make_tensors(TOKENS, model.intermediate, dtype, number)
+
+    def multiply() -> list:
+        results = []
+        for inputs, matrix, gradient in zip(tokens, matrices, gradients, strict=True):
+            results.append((inputs @ matrix.T, gradient @ matrix, gradient.T @ inputs))
+        return results
+
+    return number * 3 * 2 * TOKENS * model.intermediate * model.hidden / seconds_of(multiply)
 
 
 def attention_rate(model: Model, dtype: torch.dtype) -> float:
@@ -101,10 +150,11 @@ def attention_rate(model: Model, dtype: torch.dtype) -> float:
 
 
 def elementwise_rate(model: Model, dtype: torch.dtype) -> float:
-    """Bytes a second that a product element by element reads and writes."""
-    values = torch.randn(TOKENS, model.intermediate, dtype=dtype)
-    seconds = seconds_of(lambda: values * values)
-    return 3 * values.numel() * dtype.itemsize / seconds
+    """Bytes a second that products element by element read and write."""
+    number = max(1, WORKING_SET // 2 // (TOKENS * model.intermediate * dtype.itemsize))
+    values = make_tensors(TOKENS, model.intermediate, dtype, number)
+    seconds = seconds_of(lambda: [value * value for value in values])
+    return number * 3 * values[0].numel() * dtype.itemsize / seconds
 
 
 def empty_operations(number: int) -> None:

@@ -1084,18 +1084,22 @@ def summed_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, targ
         dtype = torch.get_autocast_dtype(device)
         hidden_states = hidden_states.to(dtype)
         weight = weight.to(dtype)
+    is_weight_trained = weight.requires_grad  # asked before: an evaluation has the loss of training, bit for bit
     if not torch.is_grad_enabled():  # an evaluation: no gradient is computed along
         hidden_states = hidden_states.detach()
         weight = weight.detach()
     targets = targets.to(hidden_states.device)
     with torch.autocast(device, enabled=False):  # what is float32 inside stays float32
-        if hidden_states.dtype in (torch.float32, torch.float64) and has_linear_cross_entropy():
+        is_exact = hidden_states.dtype in (torch.float32, torch.float64)
+        if is_exact and not is_weight_trained and has_linear_cross_entropy():
             options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=targets_per_chunk(weight))
             return torch.nn.functional.linear_cross_entropy(
                 hidden_states, weight, targets, reduction="sum", options=options
             )
         # In bf16 PyTorch's function rounds the sum to bf16 (0.3 % off at 300 targets), or with reduction="none" each
-        # target's loss (0.01 % off) and multiplies by the whole vocabulary once more. Ours is 0.0003 % off.
+        # target's loss (0.01 % off) and multiplies by the whole vocabulary once more. Ours is 0.0003 % off. And where
+        # the weight is trained, autograd makes zeros of its size for it in every backward (PyTorch 2.13): its gradient
+        # is an output of that function, whose own gradient is asked for.
         return ChunkedCrossEntropy.apply(hidden_states, weight, targets)
 
 
@@ -1139,7 +1143,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             grad_logits = grad_logits.to(hidden_states.dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + chunk_size] = grad_logits @ weight
-            if grad_weight is not None and chunk.is_cuda and chunk.dtype != torch.float32:
+            if grad_weight is not None and chunk.dtype == grad_weight.dtype:
+                torch.addmm(grad_weight, grad_logits.T, chunk, out=grad_weight)
+            elif grad_weight is not None and chunk.is_cuda:
                 # The product is added in float32 as it is computed; a CPU cannot, and rounds each chunk's to 16 bits.
                 torch.addmm(grad_weight, grad_logits.T, chunk, out_dtype=torch.float32, out=grad_weight)
             elif grad_weight is not None:

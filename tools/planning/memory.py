@@ -147,14 +147,13 @@ def logits_bytes(model: Model, strategy: Strategy, setup: Setup) -> float:
         chunk = max(chunk, LOGITS_PER_CHUNK_ON_GPU // model.vocab)
     chunk = min(targets, chunk)
     input_gradient = size * model.hidden * targets
-    if size == 4:
+    if size == 4 and strategy.adapter:
         # torch.nn.functional.linear_cross_entropy: the logits become their own gradient.
-        logits = 4 * model.vocab * chunk
-        if not strategy.adapter:
-            logits += 4 * model.head_params
-        return logits + input_gradient
+        return 4 * model.vocab * chunk + input_gradient
     logits = 8 * model.vocab * chunk  # ChunkedCrossEntropy: logits and their log-softmax in float32
-    if not strategy.adapter:
+    if size == 4:
+        logits += 4 * model.head_params
+    elif not strategy.adapter:
         # The gradient of the weight in float32, and that of a chunk in bf16, beside the chunk's gradient of the logits,
         # which are its log-softmax, overwritten, and a copy. To add one precision to another, a CPU makes a copy.
         added = size * model.head_params

@@ -18,9 +18,9 @@ from .hardware import GB, GPU, PCIE4
 from .models import MODELS, Model
 
 TOKENS = 512  # of a forward
-NUM_SECONDS = 0.4  # for each measurement
-# Each measurement goes through so many bytes of different tensors and keeps its results: a step's tensors come from
-# memory and go to new memory, which takes twenty times as long as within a CPU's cache.
+NUM_SECONDS = 1.0  # for each measurement
+# Each measurement goes through so many bytes of different tensors: a step's tensors come from memory, and go to new
+# memory if they are kept for the backward, which takes many times as long as within a CPU's cache.
 WORKING_SET = 2**28
 
 
@@ -150,11 +150,23 @@ def attention_rate(model: Model, dtype: torch.dtype) -> float:
 
 
 def elementwise_rate(model: Model, dtype: torch.dtype) -> float:
-    """Bytes a second that products element by element read and write."""
+    """Bytes a second that operations element by element read and write.
+
+    One result of three is kept: of what the operations in kernels.py write, a quarter (LoRA) to two fifths (all
+    weights) stays until the backward.
+    """
     number = max(1, WORKING_SET // 2 // (TOKENS * model.intermediate * dtype.itemsize))
     values = make_tensors(TOKENS, model.intermediate, dtype, number)
-    seconds = seconds_of(lambda: [value * value for value in values])
-    return number * 3 * values[0].numel() * dtype.itemsize / seconds
+
+    def multiply() -> None:
+        # One large block is new memory in every call; small ones may have been used before.
+        kept = torch.empty(number, TOKENS, model.intermediate, dtype=dtype)
+        for value, result in zip(values, kept, strict=True):
+            torch.mul(value, value, out=result)
+            value * value
+            value * value
+
+    return number * 9 * values[0].numel() * dtype.itemsize / seconds_of(multiply)
 
 
 def empty_operations(number: int) -> None:

@@ -305,12 +305,14 @@ def pipeline_seconds(model: Model, strategy: Strategy, setup: Setup, machine: Ma
         crossing = border_bytes(model, setup) / slowest_border(setup, machine)
     # A stage waits for what it gets where nothing else is to be done: while the pipeline fills and drains.
     fill = sum(times) - max(times) + 2 * (len(stages) - 1) * crossing
-    steady = setup.accumulation * overlapped(max(times), 2 * crossing)
-    if machine.cores:  # stages that wait leave their cores to others
-        all_work = setup.accumulation * sum(times) / machine.cores
-        steady = max(steady, all_work - fill)
+    seconds = setup.accumulation * overlapped(max(times), 2 * crossing) + fill
+    if machine.cores and len(stages) > machine.cores:
+        # Stages take turns, and no scheduler knows whose turn matters: work shared by all cores, and the longest chain
+        # on top where it keeps only one of them busy, is what any greedy one needs at most (Graham, 1969).
+        all_work = setup.accumulation * sum(times)
+        seconds = all_work / machine.cores + (1 - 1 / machine.cores) * seconds
     trained = trained_params(model, strategy, setup) * max(stages) / model.layers
-    return steady + fill + update_seconds(model, strategy, setup, machine, trained)
+    return seconds + update_seconds(model, strategy, setup, machine, trained)
 
 
 def slowest_border(setup: Setup, machine: Machine) -> float:

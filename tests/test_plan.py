@@ -29,7 +29,7 @@ import plan  # noqa: E402
 import plan_published  # noqa: E402
 import plan_simulation  # noqa: E402
 import plan_validation  # noqa: E402
-from planning import memory, search, show  # noqa: E402
+from planning import measure, memory, search, show  # noqa: E402
 from planning.hardware import GPUS, NETWORKS, Machine, nvidia_smi_bytes, usable_bytes  # noqa: E402
 from planning.kernels import head_work, layer_work, saved_bytes  # noqa: E402
 from planning.models import MODELS, from_config, llama  # noqa: E402
@@ -517,6 +517,35 @@ def test_a_pipeline_s_bubble_and_its_micro_batches_in_flight():
     held = memory.memory(MODELS["llama-7b"], STRATEGIES["1F1B"], many)
     one = memory.memory(MODELS["llama-7b"], STRATEGIES["1F1B"], replace(few, accumulation=1))
     assert held.worst.activations > 4 * one.worst.activations
+
+
+def test_stages_that_share_cores_take_what_a_greedy_scheduler_needs():
+    """Four stages on two cores: not less than all work on both, not more than all of it on one, nor than four cores."""
+    setup = Setup(gpus=4, rows=1, accumulation=8, sequence_length=256, compute_bytes=4, on_cpu=True)
+    cpu = replace(GPUS["t4"], launch=0.0)
+    step = {}
+    for cores in (1, 2, 4):
+        step[cores] = seconds("1F1B", setup, Machine(cpu, gpus=4, cores=cores), "smollm2-135m")
+    assert step[1] / 2 < step[2] < step[1]
+    assert step[4] < step[2]
+    alone = seconds("pp", replace(setup, gpus=1), Machine(cpu, cores=2), "smollm2-135m")
+    assert step[1] == pytest.approx(alone, rel=0.15)  # on one core the same work takes as long as without a pipeline
+
+
+@pytest.mark.slow
+def test_the_measured_bandwidth_of_a_cpu_is_that_of_its_memory_and_not_of_its_cache():
+    """A small tensor that is multiplied again and again never leaves the cache, as no step's tensors do."""
+    values = torch.randn(64, 64)
+
+    def multiply() -> None:
+        for _ in range(1000):
+            torch.mul(values, values, out=values)
+
+    in_cache = 1000 * 3 * values.numel() * 4 / measure.seconds_of(multiply)
+    for processes in (1, 2):
+        cpu = measure.measure_cpu(MODELS["smollm2-135m"], processes, bf16=False)
+        assert 0 < cpu.memory_bandwidth < 0.7 * in_cache
+        assert 0 < cpu.attention_share and 0 < cpu.launch < 1e-3
 
 
 def test_nvidia_smi_shows_more_than_tensors_take_and_never_more_than_there_is():

@@ -49,6 +49,7 @@ class GPU:
     launch: float = LAUNCH
     narrow: float = NARROW
     short_document: float = SHORT_DOCUMENT
+    drawing: float = 0.0  # s to draw a random number for dropout; a GPU does it while it waits for its memory
 
 
 # What two GPUs exchange over PCIe without NVLink goes through host memory, which halves it.

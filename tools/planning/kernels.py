@@ -38,6 +38,7 @@ class Kernel:
     moved_backward: float | None = None  # where it is not twice as many
     saved: float = 0  # bytes that stay until the backward
     launches: int = 1
+    drawn: float = 0  # random numbers, in the forward
 
     @property
     def flops(self) -> float:
@@ -151,7 +152,9 @@ def adapter_kernel(name: str, inputs: int, outputs: int, setup: Setup) -> Kernel
         moved = moved / 2
         launches = 4
     saved = size * setup.lora_rank
+    drawn = 0
     if setup.lora_dropout:
+        drawn = inputs
         mask = 1
         if setup.on_cpu:
             mask = size  # a CPU keeps it in the compute precision
@@ -165,6 +168,7 @@ def adapter_kernel(name: str, inputs: int, outputs: int, setup: Setup) -> Kernel
         moved=moved,
         saved=saved,
         launches=launches,
+        drawn=drawn,
     )
 
 
@@ -243,6 +247,7 @@ class Work:
     attention_flops: float = 0
     moved: float = 0  # bytes, of what is no product
     launches: float = 0
+    drawn: float = 0  # random numbers
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
@@ -250,6 +255,7 @@ class Work:
             self.attention_flops + other.attention_flops,
             self.moved + other.moved,
             self.launches + other.launches,
+            self.drawn + other.drawn,
         )
 
     def times(self, number: float) -> "Work":
@@ -258,6 +264,7 @@ class Work:
             number * self.attention_flops,
             number * self.moved,
             number * self.launches,
+            number * self.drawn,
         )
 
     @property
@@ -279,6 +286,7 @@ def layer_work(model: Model, strategy: Strategy, setup: Setup) -> Work:
     attention = 0.0
     moved = 0.0
     launches = 0
+    drawn = 0.0
     kernels = layer_kernels(model, strategy, setup)
     num_repeated = max(number for number, kernel in enumerate(kernels) if kernel.saved)
     if strategy.kind == "zero3":
@@ -294,8 +302,9 @@ def layer_work(model: Model, strategy: Strategy, setup: Setup) -> Work:
         attention += (num_forwards + attention_backward) * 4 * kernel.keys * kernel.width
         moved += num_forwards * kernel.moved + kernel.bytes_of_backward
         launches += (num_forwards + 2) * kernel.launches
+        drawn += num_forwards * kernel.drawn
     tokens = setup.tokens
-    return Work(tokens * products, tokens * attention, tokens * moved, launches)
+    return Work(tokens * products, tokens * attention, tokens * moved, launches, tokens * drawn)
 
 
 def head_work(model: Model, strategy: Strategy, setup: Setup) -> Work:

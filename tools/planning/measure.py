@@ -57,6 +57,7 @@ class Rates:
     products: float  # FLOPs a second
     attention: float  # FLOPs a second
     bandwidth: float  # bytes a second of operations element by element
+    drawing: float  # seconds to draw a random number
     launch: float  # seconds to start an operation
 
 
@@ -97,6 +98,7 @@ def measure_cpu(model: Model, processes: int, bf16: bool | None = None) -> GPU:
         launch=statistics.mean(rate.launch for rate in rates),
         narrow=0.0,
         short_document=0.0,
+        drawing=statistics.mean(rate.drawing for rate in rates),
     )
 
 
@@ -114,6 +116,7 @@ def measure_rates(model: Model, dtype: torch.dtype, threads: int) -> Rates:
             products=product_rate(model, dtype),
             attention=attention_rate(model, dtype),
             bandwidth=elementwise_rate(model, dtype),
+            drawing=drawing_seconds(model, dtype),
             launch=seconds_of(lambda: empty_operations(100)) / 100,
         )
     torch.set_num_threads(threads_before)
@@ -167,6 +170,12 @@ def elementwise_rate(model: Model, dtype: torch.dtype) -> float:
             value * value
 
     return number * 9 * values[0].numel() * dtype.itemsize / seconds_of(multiply)
+
+
+def drawing_seconds(model: Model, dtype: torch.dtype) -> float:
+    """For one random number, as torch.nn.functional.dropout draws them."""
+    mask = torch.empty(TOKENS, model.hidden, dtype=dtype)
+    return seconds_of(lambda: mask.bernoulli_(0.95)) / mask.numel()
 
 
 def empty_operations(number: int) -> None:

@@ -102,7 +102,7 @@ def gpu_seconds(model: Model, setup: Setup, gpu: GPU, work: Work) -> float:
         length_share = setup.sequence_length / (setup.sequence_length + gpu.short_document)
         attention_rate = gpu.flops * gpu.attention_share * ATTENTION_SPEED[kernel] * length_share
     seconds = work.product_flops / product_rate + work.attention_flops / attention_rate
-    return seconds + work.moved / bytes_per_second(gpu)
+    return seconds + work.moved / bytes_per_second(gpu) + work.drawn * gpu.drawing
 
 
 def compute_seconds(model: Model, setup: Setup, machine: Machine, work: Work, python: float = 0) -> float:

@@ -104,7 +104,7 @@ class ChatTemplate:
         special_tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special_tokens.update(tokenizer.all_special_tokens)
         self.special_tokens = tuple(special_tokens)
-        self.end = self.probe_end()
+        self.end_of_turn, self.end = self.probe_end()
         self.unwritten_roles = self.probe_roles()
         developer = [{"role": "developer", "content": PROBE}, {"role": "user", "content": "a"}]
         self.writes_developer = self.probe(developer, PROBE) is True
@@ -139,8 +139,8 @@ class ChatTemplate:
             return None
         return word in text
 
-    def probe_end(self) -> str:
-        """The white space behind the end of a turn, which nobody ever has to predict."""
+    def probe_end(self) -> tuple[str, str]:
+        """What ends a turn, such as </s>, and the white space behind it, which nobody ever has to predict."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER_PROBE}]
         try:
             self.apply([messages[:1]], None, True)
@@ -154,7 +154,8 @@ class ChatTemplate:
             raise ValueError("its chat template does not write the assistant's answer; mend chat_template.jinja, or "
                              "chat_template in tokenizer_config.json")  # fmt: skip
         end = text.partition(ANSWER_PROBE)[2]
-        return end[len(end.rstrip()) :]
+        words = end.split() or [""]
+        return words[0], end[len(end.rstrip()) :]
 
     def probe_roles(self) -> list[str]:
         """The roles whose messages the template leaves out without a word."""
@@ -409,7 +410,7 @@ class ChatTemplate:
             raise ValueError("the tokenizer's chat template does not write the assistant's answer")
         start = min(start, place_of_probe)
         before_answer = turn.answered[:start]
-        return text_behind_prompt(turn.prompt, before_answer) + turn.answered[start:]
+        return text_behind_prompt(turn.prompt, before_answer, self.end_of_turn) + turn.answered[start:]
 
     def find_unused_reasoning(self, conversation: Conversation, messages: list[dict], turns: list[Turn]) -> list[str]:
         """The fields with reasoning that is not learned, because neither the template nor its target holds it.
@@ -517,12 +518,13 @@ def put_reasoning_back(turn: Turn, target: str) -> str | None:
     return f"{head}</think>{space}{target.lstrip()}"
 
 
-def text_behind_prompt(prompt: str, before_answer: str) -> str:
+def text_behind_prompt(prompt: str, before_answer: str, end_of_turn: str) -> str:
     """What a finished turn writes between the end of the generation prompt and the answer, such as a space.
 
     Args:
         prompt: ends with the generation prompt.
         before_answer: all that the finished conversation has before the answer. Text further back may differ.
+        end_of_turn: what is looked for has none in it, or it would reach back into the turn before.
     """
     if prompt.startswith(before_answer):
         return ""  # the generation prompt says more than the finished turn: the answer goes behind it
@@ -531,6 +533,9 @@ def text_behind_prompt(prompt: str, before_answer: str) -> str:
     longest = 2  # fewer characters may be the same by chance
     best = 0
     for num_behind in range(100):
+        behind = before_answer[max(0, len(before_answer) - num_behind) :]
+        if end_of_turn and end_of_turn in behind:
+            break
         same = len(os.path.commonprefix([prompt_backwards, before_backwards[num_behind:]]))
         if same > longest:
             longest = same

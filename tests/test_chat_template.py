@@ -652,6 +652,18 @@ def test_a_turn_begins_behind_the_nearest_prompt_where_the_conversation_repeats_
     assert learned == ["\nline</s>", "0</s>"]
 
 
+def test_a_turn_never_begins_within_the_turn_before(tmp_path, chat_tokenizers):
+    """The system prompt moves to the last question, which then ends as an earlier one does in the conversation."""
+    tokenizer = chat_tokenizers["moves system"]
+    messages = [{"role": "system", "content": "0"}, {"role": "user", "content": "a\n\n"}]
+    for _ in range(2):
+        messages.append({"role": "assistant", "content": "0", "weight": 0})
+        messages.append({"role": "user", "content": ""})
+    messages.append({"role": "assistant", "content": "1"})
+    rows, _ = tokenize(tmp_path, [{"messages": messages}], tokenizer)
+    assert [text_of(tokenizer, ids) for row in rows for _, ids in turns_of(row)] == [" 1</s>"]
+
+
 @settings(deadline=None, max_examples=250)
 @given(st.data(), st.sampled_from(sorted(TEMPLATES)), st.booleans())
 def test_any_conversation_is_trained_as_it_is_served(tmp_path_factory, chat_tokenizers, data, name, packing):

@@ -51,6 +51,7 @@ NOT_RUN = {
     "bash benchmarks/install_peers.sh": NEEDS_NETWORK,
     "python benchmarks/compare.py --data alpaca.json --steps 6 --rounds 2 --peers trl,trl-packing,llamafactory":
         NEEDS_NETWORK,
+    "python benchmarks/preferences.py --threads 1": NEEDS_NETWORK,
     "python benchmarks/check_lm_eval.py --peft_path outputs/finetune_pp_peft": NEEDS_NETWORK,
     "python benchmarks/check_llama_cpp.py outputs/gguf/model-f16.gguf outputs/merged": NEEDS_NETWORK,
     "vllm serve outputs/merged": NEEDS_GPU,
@@ -70,6 +71,7 @@ NOT_RUN = {
     "pytest -m matrix": HALF_AN_HOUR,
     "pytest tests/test_gpu.py": HALF_AN_HOUR,
     "pytest tests/test_data_collator.py -s -k real_tokens_need": HALF_AN_HOUR,
+    "pytest tests/test_data_collator.py -k copied": HALF_AN_HOUR,
 }  # fmt: skip
 SLOW = {
     "python benchmarks/passages.py",

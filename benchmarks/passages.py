@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data_collator import DataCollator, TokenizedDataset, TrainingRows
@@ -27,8 +27,9 @@ SAMPLE_MODEL = "models/SmolLM2-135M-Instruct"
 
 
 def save_documents(folder: Path, lengths: np.ndarray) -> Path:
-    """A set of whole documents with these numbers of tokens."""
-    ids = pa.array(np.random.default_rng(0).integers(0, 49152, lengths.sum(), np.int32))
+    """A set of whole documents with these numbers of tokens, of the sample model's vocabulary."""
+    vocab_size = AutoConfig.from_pretrained(SAMPLE_MODEL).vocab_size
+    ids = pa.array(np.random.default_rng(0).integers(0, vocab_size, lengths.sum(), np.int32))
     offsets = pa.array(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
     table = pa.table({"input_ids": pa.ListArray.from_arrays(offsets, ids)})
     Dataset(table).save_to_disk(folder)

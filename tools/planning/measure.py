@@ -129,7 +129,9 @@ def make_tensors(rows: int, columns: int, dtype: torch.dtype, number: int) -> li
 
 def product_rate(model: Model, dtype: torch.dtype) -> float:
     """FLOPs a second of the products of a layer's forward and backward."""
-    number = max(1, WORKING_SET // 4 // (TOKENS * model.intermediate * dtype.itemsize))
+    # The matrix and its gradient are what is large in a large model: of those one set has to do.
+    size_of_set = (TOKENS + model.hidden) * model.intermediate * dtype.itemsize
+    number = max(1, WORKING_SET // 2 // size_of_set)
     tokens = make_tensors(TOKENS, model.hidden, dtype, number)
     matrices = make_tensors(model.intermediate, model.hidden, dtype, number)
     gradients = make_tensors(TOKENS, model.intermediate, dtype, number)

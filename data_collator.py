@@ -920,8 +920,12 @@ def one_document_after_the_other(query, key, value, scaling, dropout, borders, s
     if repeats_keys and num_groups > 1:
         key = key.repeat_interleave(num_groups, dim=1)
         value = value.repeat_interleave(num_groups, dim=1)
-    query_lengths = borders[0].diff().tolist()
-    key_lengths = borders[1].diff().tolist()
+    query_lengths = []
+    key_lengths = []
+    for num_queries, num_keys in zip(borders[0].diff().tolist(), borders[1].diff().tolist(), strict=True):
+        if num_queries or num_keys:  # documents of length 0 fill up the borders of the pipeline's micro-batches
+            query_lengths.append(num_queries)
+            key_lengths.append(num_keys)
     if len(query_lengths) == 1:
         documents = [(query, key, value)]  # split, and its gradient, would copy them
     else:

@@ -979,7 +979,11 @@ class Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("borders, expected", [([0, 60], 0), ([0, 20, 60], 4)], ids=["one document", "two"])
+@pytest.mark.parametrize(
+    "borders, expected",
+    [([0, 60], 0), ([0, 60, 60, 60], 0), ([0, 20, 60], 4)],
+    ids=["one document", "one, as the pipeline passes it", "two"],
+)
 def test_the_only_document_of_a_row_is_not_copied(borders, expected):
     """With two, the outputs are joined, and the gradients of queries, keys and values."""
     states = [torch.randn(1, 2, 60, 8, requires_grad=True) for _ in range(3)]

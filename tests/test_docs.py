@@ -5,6 +5,7 @@ has been run. Those of docs/, and those of a minute and more, are marked `slow`.
 here, and says why.
 """
 
+import functools
 import json
 import re
 import shlex
@@ -235,6 +236,13 @@ def rows_of(page: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+@functools.cache  # both pages ask the same questions
+def planned_way(question: str) -> dict:
+    """The one row of the planner's answer."""
+    (way,) = json.loads(run_script(*shlex.split(question), "--json", "True").stdout)["rows"]
+    return way
+
+
 @pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
 def test_the_memory_and_hours_of_the_front_page_are_the_planner_s(page):
     """Of the command in the launcher's header: LLaMA-7B (DeepSpeed: 33B) on A100-80G, 2.5e9 tokens."""
@@ -244,8 +252,7 @@ def test_the_memory_and_hours_of_the_front_page_are_the_planner_s(page):
         if launcher is None:
             continue
         header = (ROOT / "scripts" / launcher[1]).read_text(encoding="utf-8")
-        question = shlex.split(re.search(r"^#   python (tools/plan\.py .*)$", header, re.MULTILINE)[1])
-        (way,) = json.loads(run_script(*question, "--json", "True").stdout)["rows"]
+        way = planned_way(re.search(r"^#   python (tools/plan\.py .*)$", header, re.MULTILINE)[1])
         memory, hours = re.findall(r"\d+", row[-2]), re.findall(r"\d+", row[-1])
         assert int(memory[0]) == round(way["nvidia_smi_bytes"] / 1e9), launcher[1]
         assert int(memory[1]) == way["gpus"], launcher[1]

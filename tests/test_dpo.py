@@ -474,7 +474,7 @@ ZERO2, ZERO3 = (["--deepspeed", f"ds_configs/zero{stage}.json"] for stage in (2,
 IN_SEVERAL_PROCESSES = [
     ("kto", [], []),
     pytest.param("sigmoid", ["--peft_path", "{adapter}"], [], marks=pytest.mark.slow),
-    ("sigmoid", ["--peft_path", "{adapter}"], ZERO3),
+    pytest.param("sigmoid", ["--peft_path", "{adapter}"], ZERO3, marks=pytest.mark.slow),
     pytest.param("kto", ["--lora_used", "False"], [], marks=pytest.mark.slow),
     pytest.param("kto", ["--peft_path", "{adapter}"], ZERO2, marks=pytest.mark.slow),
     pytest.param("ipo", ["--precompute_reference", "True", "--peft_path", "{adapter}"], [], marks=pytest.mark.slow),

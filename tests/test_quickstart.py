@@ -40,6 +40,7 @@ def start_quickstart(repository: Path, log: Path) -> subprocess.Popen:
     return started
 
 
+@pytest.mark.slow  # .ci/run and the fixture of tests/test_docs.py run the quickstart without a kill
 def test_the_quickstart_goes_from_a_model_to_a_table(repository, tmp_path):
     """Killed while it trains, then stopped by Ctrl-C, then run again; a fourth run skips all that is complete."""
     run_folder = repository / "outputs" / "finetune_pp_peft"
@@ -267,10 +268,8 @@ def test_the_sample_model_that_cannot_be_fetched_is_one_message(tmp_path):
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_training_needs_no_compiler(repository, tmp_path):
+def test_training_needs_no_compiler(tiny_model, tiny_set, tmp_path):
     """Everything of this machine's PATH but compilers and what they need."""
-    if not (repository / "data_sample" / "tokenized" / "triage_train").exists():
-        assert run("bash scripts/quickstart.sh", repository).returncode == 0
     folder = tmp_path / "bin"
     folder.mkdir()
     compiler = re.compile(r".*(gcc|g\+\+|cc|c\+\+|clang|cpp|ninja|nvcc|make|-as|-ld)[-.\d]*$|^(as|ld).*")
@@ -279,9 +278,13 @@ def test_training_needs_no_compiler(repository, tmp_path):
             if not compiler.match(program.name) and not (folder / program.name).exists():
                 (folder / program.name).symlink_to(program)
     assert shutil.which("c++", path=str(folder)) is None and shutil.which("sh", path=str(folder)) is not None
-    command = [".venv/bin/python", "finetune_pp_peft.py", "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    command = [sys.executable, "finetune_pp_peft.py", "--model_path", tiny_model, "--dataset_path", tiny_set]
     completed = subprocess.run(
-        command, cwd=repository, env={"PATH": str(folder), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        [*command, "--max_steps", "1", "--output_dir", tmp_path / "run"],
+        cwd=ROOT,
+        env={"PATH": str(folder), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     assert completed.returncode == 0, completed.stderr
     assert (tmp_path / "run" / "run.json").is_file()

@@ -6,7 +6,9 @@
 Prints one line for each direction, with and without verification, and exits with an error if the peak memory of one is
 above 1.5 GB + 3 times the largest tensor, or if writing without verification is slower than 60 % of `cp`. Needs three
 times the checkpoint's bytes on the disk that holds --folder. A copy that other programs disturb is no measure, so each
-side runs --repeats times, in turn, and the fastest counts.
+side runs --repeats times, in turn, and the fastest counts. Each begins after a pause: many virtual machines give memory
+that is free for some seconds back to their host, and getting it again takes several times as long as the copy. `cp`,
+begun at once after a large file was deleted, would be compared with a conversion whose imports alone take that long.
 """
 
 import base64
@@ -39,6 +41,7 @@ PARAMS = {
     "ffn_dim_multiplier": 1.5,
     "use_scaled_rope": True,
 }
+PAUSE_SECONDS = 10
 FFN = 8192
 KEY_VALUE_ROWS = 512  # 8 heads with 64 rows each
 
@@ -132,6 +135,7 @@ def convert(program: list, *flags) -> tuple[float, int, dict]:
 
 def copy(source: Path, target: Path) -> float:
     """Seconds that `cp` takes."""
+    time.sleep(PAUSE_SECONDS)
     started = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
     seconds = time.perf_counter() - started
@@ -149,6 +153,7 @@ def measure_writing(meta: Path, folder: Path, repeats: int) -> tuple[float, int]
     for _ in range(repeats):
         copies.append(copy(meta, folder / "copy"))
         flags = ("--input_dir", meta, "--output_dir", folder / "hf", "--verify", "False")
+        time.sleep(PAUSE_SECONDS)
         seconds, peak, report = convert(TO_HF, *flags)
         writes.append((report["seconds"]["writing"], seconds))
         peaks.append(peak)

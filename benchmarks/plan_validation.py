@@ -1,7 +1,7 @@
 """Compares the memory formula of tools/plan.py with real runs of the scripts on this machine's CPU.
 
     python benchmarks/plan_validation.py quick     # each strategy, some minutes
-    python benchmarks/plan_validation.py full      # each strategy, size and length, an hour
+    python benchmarks/plan_validation.py full      # each strategy, size and length, more than an hour
     python benchmarks/plan_validation.py speed     # the time of a step of the sample model, too: this CPU, 1F1B
 
 Each strategy trains random models of three sizes, on rows of two lengths, as one and as two processes (the pipeline as
@@ -17,10 +17,13 @@ import gc
 import json
 import os
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -275,11 +278,10 @@ def run_case(folder: Path, case: Case) -> tuple[dict, dict]:
     strategy = STRATEGIES[case.strategy]
     parts = folder / str(case.size)
     rows = rows_of(case.strategy, parts, LENGTHS[case.length])
-    if not rows.is_dir():
-        save_parts(parts, model, LENGTHS[case.length])
     output = folder / f"{case.strategy}-{case.processes}-{case.size}-{case.length}-{case.checkpointing}"
     flags = ["--model_path", parts / "model", "--dataset_path", rows, "--max_steps", 4, "--report_to", "none"]
     run_script(output, case, flags, watched=True)
+    shutil.rmtree(f"{output}.run")  # the weights and checkpoints of all cases would take a hundred gigabytes
     found = []
     for rank in range(case.processes):
         found.append(json.loads(Path(f"{output}.{rank}").read_text()))
@@ -292,14 +294,26 @@ def run_case(folder: Path, case: Case) -> tuple[dict, dict]:
     return measured, predicted
 
 
+def run_cases(folder: Path, cases: list[Case]) -> Iterator[tuple[Case, dict, dict]]:
+    """Yields each case with what run_case returns; as many run at once as have a core for each process."""
+    for size in range(len(SIZES)):
+        for sequence_length in LENGTHS:
+            save_parts(folder / str(size), SIZES[size], sequence_length)
+    for processes in (1, 2, 4):
+        chosen = [case for case in cases if case.processes == processes]
+        with ThreadPoolExecutor(max(1, os.cpu_count() // processes)) as pool:
+            results = pool.map(lambda case: run_case(folder, case), chosen)
+            for case, (measured, predicted) in zip(chosen, results, strict=True):
+                yield case, measured, predicted
+
+
 def validate(extent: str) -> bool:
     """Prints every case with its errors; returns whether all are within their limits."""
     print(f"{'strategy':20}{'processes':>10}{'parameters':>12}{'tokens':>8}{'ckpt':>6}{'states MiB':>12}{'formula':>9}"
           f"{'error':>8}{'peak MiB':>10}{'formula':>9}{'error':>8}")  # fmt: skip
     all_within = True
     with tempfile.TemporaryDirectory() as folder:
-        for case in list_cases(extent):
-            measured, predicted = run_case(Path(folder), case)
+        for case, measured, predicted in run_cases(Path(folder), list_cases(extent)):
             states_error = predicted["states"] / measured["states"] - 1
             peak_error = predicted["peak"] / measured["peak"] - 1
             is_within = abs(states_error) <= ALLOWED_STATES and abs(peak_error) <= ALLOWED_PEAK

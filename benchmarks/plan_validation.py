@@ -82,7 +82,10 @@ def live_bytes() -> int:
 
 
 class Watch:
-    """Measures the third optimizer step, and writes what it found when the fourth one is about to update."""
+    """Measures the third optimizer step; when the fourth one is about to update, writes what it found and ends the run.
+
+    What would follow is saving weights and checkpoints, gigabytes for all cases together.
+    """
 
     def __init__(self, output: str):
         self.output = output
@@ -110,6 +113,7 @@ class Watch:
                 self.besides = resident_bytes("VmRSS") - live
         if self.step == 4:
             self.write()
+            os._exit(0)
 
     def write(self) -> None:
         import torch.distributed as dist
@@ -119,6 +123,8 @@ class Watch:
             rank = dist.get_rank()
         found = {"states": self.live, "peak": resident_bytes("VmHWM") - self.besides}
         Path(f"{self.output}.{rank}").write_text(json.dumps(found))
+        if dist.is_initialized():
+            dist.barrier()  # a process that ends takes the others with it, which have not written yet
 
 
 def measure(output: str, script: str, flags: list[str]) -> None:
@@ -281,7 +287,7 @@ def run_case(folder: Path, case: Case) -> tuple[dict, dict]:
     output = folder / f"{case.strategy}-{case.processes}-{case.size}-{case.length}-{case.checkpointing}"
     flags = ["--model_path", parts / "model", "--dataset_path", rows, "--max_steps", 4, "--report_to", "none"]
     run_script(output, case, flags, watched=True)
-    shutil.rmtree(f"{output}.run")  # the weights and checkpoints of all cases would take a hundred gigabytes
+    shutil.rmtree(f"{output}.run")
     found = []
     for rank in range(case.processes):
         found.append(json.loads(Path(f"{output}.{rank}").read_text()))

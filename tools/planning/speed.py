@@ -307,12 +307,16 @@ def pipeline_seconds(model: Model, strategy: Strategy, setup: Setup, machine: Ma
     fill = sum(times) - max(times) + 2 * (len(stages) - 1) * crossing
     seconds = setup.accumulation * overlapped(max(times), 2 * crossing) + fill
     if machine.cores and len(stages) > machine.cores:
-        # Stages take turns, and no scheduler knows whose turn matters: work shared by all cores, and the longest chain
-        # on top where it keeps only one of them busy, is what any greedy one needs at most (Graham, 1969).
-        all_work = setup.accumulation * sum(times)
-        seconds = all_work / machine.cores + (1 - 1 / machine.cores) * seconds
+        # Stages take turns, and no scheduler knows whose turn matters. It needs at least what all work takes on all
+        # cores, or the longest chain, and at most the one and that part of the other in which the other cores may be
+        # idle (Graham, 1969). Nothing is known between these, so it is their middle.
+        shared = setup.accumulation * sum(times) / machine.cores
+        at_least = max(shared, seconds)
+        at_most = shared + (1 - 1 / machine.cores) * seconds
+        seconds = (at_least + at_most) / 2
     trained = trained_params(model, strategy, setup) * max(stages) / model.layers
-    return seconds + update_seconds(model, strategy, setup, machine, trained)
+    update = update_seconds(model, strategy, setup, machine, trained)
+    return seconds + crowded(update, machine, len(stages))
 
 
 def slowest_border(setup: Setup, machine: Machine) -> float:

@@ -46,6 +46,7 @@ SIZES = (
 LENGTHS = (128, 256)
 ROWS = 4  # of a forward; of the pipeline one, in as many micro-batches as two stages keep busy
 MICRO_BATCHES = 4  # of the pipeline
+MOST_AT_ONCE = 4  # processes: each takes up to 2 GB
 ALLOWED_STATES = 0.10
 ALLOWED_PEAK = 0.15
 ALLOWED_PEAK_OF_SAMPLE = 0.10
@@ -308,13 +309,14 @@ def compare_memory(folder: Path, case: Case, model: Model, model_path: Path, row
 
 
 def run_cases(folder: Path, cases: list[Case]) -> Iterator[tuple[Case, dict, dict]]:
-    """Yields each case with what run_case returns; as many run at once as have a core for each process."""
+    """Yields each case with what run_case returns; those of one process run side by side."""
+    cores = min(os.cpu_count(), MOST_AT_ONCE)
     for size in range(len(SIZES)):
         for sequence_length in LENGTHS:
             save_parts(folder / str(size), SIZES[size], sequence_length)
     for processes in (1, 2, 4):
         chosen = [case for case in cases if case.processes == processes]
-        with ThreadPoolExecutor(max(1, os.cpu_count() // processes)) as pool:
+        with ThreadPoolExecutor(max(1, cores // processes)) as pool:
             results = pool.map(lambda case: run_case(folder, case), chosen)
             for case, (measured, predicted) in zip(chosen, results, strict=True):
                 yield case, measured, predicted

@@ -463,6 +463,8 @@ def prefetched(model: Model, strategy: Strategy, setup: Setup) -> tuple[float, f
         most += embedding
     most = min(LIVE_PARAMETERS + model.head_params, most)
     again = min(LIVE_PARAMETERS, again)
+    if not strategy.prefetches:  # nor is anything kept for its backward
+        most = again = 0
     return size * most, size * again, share + share**2
 
 
@@ -484,10 +486,6 @@ def zero3_gathers(model: Model, strategy: Strategy, setup: Setup, states: Shards
     """(Gathered, the Travels that go with it)"""
     size = setup.compute_bytes
     ahead, again, share = prefetched(model, strategy, setup)
-    if strategy.computes_reference:
-        # The reference's forward, without adapter and backward, and the next one's never go the same way through the
-        # model. DeepSpeed prefetches only on a way that it knows, and keeps nothing for later on another.
-        ahead = again = 0.0
     matrix = size * largest_matrix(model)
     head = states.head
     layer = states.layer

@@ -151,7 +151,11 @@ def sharded_seconds(model: Model, strategy: Strategy, setup: Setup, machine: Mac
     arithmetic = compute_seconds(model, setup, machine, work, gather_seconds(model, strategy, setup))
     arithmetic = crowded(arithmetic, machine, setup.num_gpus)
     each_micro_step, at_update = communication(model, strategy, setup)
-    seconds = setup.accumulation * overlapped(arithmetic, traffic_seconds(setup, machine, each_micro_step))
+    sending = traffic_seconds(setup, machine, each_micro_step)
+    if strategy.prefetches:
+        seconds = setup.accumulation * overlapped(arithmetic, sending)
+    else:
+        seconds = setup.accumulation * (arithmetic + sending)
     seconds += traffic_seconds(setup, machine, at_update)
     trained = trained_params(model, strategy, setup)
     shards = setup.gpus * (setup.shard_nodes or setup.nodes)

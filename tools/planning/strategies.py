@@ -32,6 +32,15 @@ class Strategy:
         """A forward of the model without its adapter in every micro-step; without adapters it is done before."""
         return self.preferences and self.adapter
 
+    @property
+    def prefetches(self) -> bool:
+        """Weights are on their way before they are used.
+
+        ZeRO-3 does so where it knows the order of the modules, from the forward before. With the reference's forward
+        in between, which has no adapters, that is always another order.
+        """
+        return not (self.kind == "zero3" and self.computes_reference)
+
 
 TRAINER = "finetune_pp_peft_trainer.sh"
 TRAINER_LORA = "finetune_pp_peft_trainer_lora.sh"

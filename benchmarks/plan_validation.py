@@ -180,7 +180,10 @@ class Case:
 
 
 def list_cases(extent: str) -> list[Case]:
-    """full: every size and every length, checkpointing taking turns; quick: sizes and lengths take turns, too."""
+    """full: every size and every length, checkpointing taking turns; quick: one size and one length of each strategy.
+
+    In `quick`, runs over several processes checkpoint: what they gather would hide behind a step's activations.
+    """
     pairs = []
     for name, strategy in STRATEGIES.items():
         if strategy.kind == "pp":
@@ -192,7 +195,8 @@ def list_cases(extent: str) -> list[Case]:
     cases = []
     for number, (name, processes) in enumerate(pairs):
         if extent == "quick":
-            cases.append(Case(name, processes, number % 3, number % 2, number % 4 == 3))
+            length = number // 2 % 2  # of two neighbours one has one process, the other several
+            cases.append(Case(name, processes, number % 3, length, checkpointing=processes > 1))
             continue
         for size in range(len(SIZES)):
             for length in range(len(LENGTHS)):

@@ -7,7 +7,10 @@
 benchmarks/published_runs.csv holds the rows, each with its setting as far as the source states it. A row is `known` if
 the source states the whole setting. Columns time and memory_counts say whether the row counts in the statistics: others
 are runs of programs that do something else, as their note says. Constants of the plan were chosen for the known rows of
-this file together, so its errors are those of a fit, not of a test; other published rows may be further off.
+this file together, so its errors are those of a fit, not of a test.
+
+benchmarks/published_runs_more.csv is the test: what else the same sources publish, where they state the setting. Column
+fitted says which of its rows showed that a constant or a formula was wrong, and which the plan had never met.
 
 Memory is compared with what the source states: allocated is PyTorch's max_memory_allocated, reserved what its allocator
 took, and nvidia-smi the rest of the process, too. Commit 49add2e printed only the first; its column here has its own
@@ -32,6 +35,7 @@ from planning.strategies import STRATEGIES, Setup, Strategy
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path(__file__).resolve().parent / "published_runs.csv"
+MORE_RUNS = Path(__file__).resolve().parent / "published_runs_more.csv"
 ERRORS = ROOT / "tools" / "planning" / "errors.json"
 FEWEST = 4  # rows of a kind for which the plan shows a range of its own
 
@@ -48,6 +52,7 @@ OTHER_MODELS = {
     "mpt-13b": llama(5120, 13653, 40, 40, 40, 50432, tied=True),
     "mpt-30b": llama(7168, 19115, 48, 56, 56, 50432, tied=True),
     "mpt-70b": llama(8192, 21845, 80, 64, 64, 50432, tied=True),
+    "codellama-34b": llama(8192, 22016, 48, 64, 8, 32000),
     "falcon-7b": llama(4544, 12117, 32, 71, 1, 65024, tied=True, head_dim=64),
 }
 # Strategies of others.
@@ -90,6 +95,11 @@ class Run:
         return self.memory / float(self.row["memory"]) - 1
 
     @property
+    def is_fitted(self) -> bool:
+        """Whether a constant or a formula was chosen for this row, too."""
+        return self.row.get("fitted", "yes") == "yes"
+
+    @property
     def old_speed_error(self) -> float | None:
         if self.speed_error is None:
             return None
@@ -130,7 +140,7 @@ def read_setup(row: dict[str, str]) -> Setup:
         reduce_bytes=int(row["reduce_bytes"]),
         zero_gradient_bytes=2,  # DeepSpeed's default in bf16
         logit_bytes=int(row["logit_bytes"]),
-        loads_whole=row["loads_whole"] == "True",
+        kept_inputs=int(row["kept_inputs"]),
     )
 
 
@@ -167,8 +177,8 @@ def predict(row: dict[str, str]) -> Run:
     return Run(row, tokens_per_second, held / GiB)
 
 
-def read_runs() -> list[Run]:
-    with open(RUNS, encoding="utf-8", newline="") as file:
+def read_runs(path: Path = RUNS) -> list[Run]:
+    with open(path, encoding="utf-8", newline="") as file:
         return [predict(row) for row in csv.DictReader(file)]
 
 
@@ -187,12 +197,16 @@ def describe(errors: list[float | None]) -> str:
     return f"{statistics.median(sizes):>8.1%}{percentile(sizes, 0.9):>7.0%}"
 
 
-def print_kinds(title: str, runs: list[Run]) -> None:
-    """One line a kind: how many rows, and the errors of time and memory, before and now."""
+def print_kinds(title: str, runs: list[Run], has_old: bool = True) -> None:
+    """One line a kind: how many rows, and the errors of time and memory, before (if they are known) and now."""
+    width = 17
+    heads = f"{'median':>11}{'p90':>6}"
+    if has_old:
+        width = 34
+        heads = f"{'old median':>11}{'p90':>6}{'new median':>11}{'p90':>6}"
     print(f"\n{title}")
-    print(f"{'':26}{'--- time ---------------------------------':44}{'--- memory ---------------------------------'}")
-    print(f"{'kind':26}{'rows':>5}{'old median':>11}{'p90':>6}{'new median':>11}{'p90':>6}"
-          f"{'rows':>9}{'old median':>11}{'p90':>6}{'new median':>11}{'p90':>6}")  # fmt: skip
+    print(f"{'':26}{'--- time ' + '-' * (width - 4):{width + 10}}{'--- memory ' + '-' * (width - 6)}")
+    print(f"{'kind':26}{'rows':>5}{heads}{'rows':>9}{heads}")
     kinds = dict.fromkeys(run.kind for run in runs)
     groups = [("all", runs)]
     for kind in kinds:
@@ -200,11 +214,15 @@ def print_kinds(title: str, runs: list[Run]) -> None:
     for name, group in groups:
         num_speeds = sum(run.speed_error is not None for run in group)
         num_memories = sum(run.memory_error is not None for run in group)
+        if num_speeds + num_memories == 0:
+            continue
         line = f"{name:26}{num_speeds or '':>5}"
-        line += f"{describe([run.old_speed_error for run in group]):>17}"
+        if has_old:
+            line += f"{describe([run.old_speed_error for run in group]):>17}"
         line += f"{describe([run.speed_error for run in group]):>17}"
         line += f"{num_memories or '':>9}"
-        line += f"{describe([run.old_memory_error for run in group]):>17}"
+        if has_old:
+            line += f"{describe([run.old_memory_error for run in group]):>17}"
         line += f"{describe([run.memory_error for run in group]):>17}"
         print(line.rstrip())
 
@@ -255,10 +273,15 @@ def main() -> None:
     except ValueError as mistake:
         sys.exit(f"error: {mistake}")
     runs = read_runs()
+    more_runs = read_runs(MORE_RUNS)
     if args.rows:
-        print_rows(runs)
+        print_rows(runs + more_runs)
     print_kinds("rows whose setting is fully known", [run for run in runs if run.is_known])
     print_kinds("all rows that count", runs)
+    unseen = [run for run in more_runs if not run.is_fitted]
+    print_kinds("other rows, for which no constant or formula was chosen", unseen, has_old=False)
+    seen = [run for run in more_runs if run.is_fitted]
+    print_kinds("other rows, by which one was corrected", seen, has_old=False)
     if args.write:
         ERRORS.write_text(json.dumps(make_ranges(runs), indent=2) + "\n", encoding="utf-8")
         print(f"\nwrote {ERRORS.relative_to(ROOT)}")

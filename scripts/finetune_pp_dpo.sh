@@ -6,7 +6,7 @@
 # Memory: 2 bytes a parameter of the frozen model over all GPUs together (LLaMA-7B: 13.5 GB), 16 bytes for each trained
 #   one, which are few, and the activations, 5.7 MB a token (8 rows, 16 documents of 512 tokens: 47 GB). The reference
 #   is the same model without its adapter and takes none.
-# Predicted by tools/plan.py, not measured: 62 GB a GPU (nvidia-smi: 69), 35 s a step.
+# Predicted by tools/plan.py, not measured: 62 GB a GPU (nvidia-smi: 69), 36 s a step.
 #   python tools/plan.py --gpus 1 --strategy pp+LoRA+DPO --rows 8 --accumulation 16 --checkpointing False
 # Cost: one GPU works at a time, so more GPUs hold a larger model and are no faster than one. A step has a third forward
 #   of its documents, that of the reference; --precompute_reference True saves it from the second epoch on.

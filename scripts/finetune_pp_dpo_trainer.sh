@@ -5,7 +5,7 @@
 # Memory of a GPU: 2 bytes a parameter of the frozen model / GPUs (LLaMA-7B: 13.5 GB / 8 = 1.7 GB), 16 bytes for each
 #   trained one / GPUs, which are few, the layer that computes, and the activations, 5.7 MB a token (8 rows, 16
 #   documents of 512 tokens: 47 GB). The reference is the same model without its adapter and takes none.
-# Predicted by tools/plan.py, not measured: 51 GB a GPU (nvidia-smi: 58), 4.5 s a step.
+# Predicted by tools/plan.py, not measured: 51 GB a GPU (nvidia-smi: 58), 4.6 s a step.
 #   python tools/plan.py --model llama-7b --strategy FSDP+LoRA+DPO --rows 8 --accumulation 2 --checkpointing False
 # Cost: each forward and backward gathers every layer, the reference's forward, too: three times in all;
 #   --precompute_reference True saves that one from the second epoch on. DeepSpeed: --deepspeed ds_configs/zero3.json.

@@ -6,7 +6,7 @@
 # Memory of a GPU: 16 bytes a parameter / GPUs (LLaMA-7B: 108 GB / 8 = 13.5 GB), and of the activations the input of
 #   every layer, 2 x hidden size bytes a token (LLaMA-7B: 0.26 MB a token in 32 layers; 16 rows of 512 tokens: 2 GB),
 #   and all of the one layer that is being recomputed.
-# Predicted by tools/plan.py, not measured: 17 GB a GPU (nvidia-smi: 22), 2.3 s a step.
+# Predicted by tools/plan.py, not measured: 17 GB a GPU (nvidia-smi: 22), 2.4 s a step.
 #   python tools/plan.py --model llama-7b --strategy FSDP --rows 16 --accumulation 1 --checkpointing True
 # Cost: a second forward, a third more work; every layer is gathered twice a step here, four times without.
 #

@@ -5,7 +5,7 @@
 # Memory of a GPU: 2 bytes a parameter of the frozen model / GPUs (LLaMA-33B: 65 GB / 8 = 8.1 GB), 16 bytes for each
 #   trained one / GPUs, which are few, the layers that are gathered, and the activations, 28 MB a token (2 rows of 512
 #   tokens: 28 GB). ZeRO-2 keeps the weights whole: 65 GB.
-# Predicted by tools/plan.py, not measured: 40 GB a GPU (nvidia-smi: 46), 9.4 s a step.
+# Predicted by tools/plan.py, not measured: 40 GB a GPU (nvidia-smi: 46), 10 s a step.
 #   python tools/plan.py --model llama-33b --strategy ZeRO-3+LoRA --rows 2 --accumulation 8 --checkpointing False
 # Cost: each forward and backward gathers every layer twice; gradients of the frozen model are neither made nor sent.
 #   No learning rate stands below: the script takes 1e-3 with an adapter and 2e-5 with --lora_used False.

@@ -1,8 +1,11 @@
 """tools/plan.py: time and memory against what is counted, simulated, run and published; answers that a user can use."""
 
 import json
+import re
+import statistics
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -30,7 +33,7 @@ import plan_published  # noqa: E402
 import plan_simulation  # noqa: E402
 import plan_validation  # noqa: E402
 from planning import measure, memory, search, show  # noqa: E402
-from planning.hardware import GPUS, NETWORKS, Machine, nvidia_smi_bytes, usable_bytes  # noqa: E402
+from planning.hardware import GPUS, LINKS, NETWORKS, Machine, nvidia_smi_bytes, usable_bytes  # noqa: E402
 from planning.kernels import head_work, layer_work, saved_bytes  # noqa: E402
 from planning.models import MODELS, from_config, llama  # noqa: E402
 from planning.search import Job  # noqa: E402
@@ -240,6 +243,23 @@ def test_the_formula_agrees_with_the_step_on_fake_tensors(strategy, changes):
     setup = replace(Setup(sequence_length=512, padding_free=False, on_cpu=True), **changes)
     simulated, _ = plan_simulation.simulate(SMALL, STRATEGIES[strategy], setup)
     assert memory.memory(SMALL, STRATEGIES[strategy], setup).total == pytest.approx(simulated, rel=0.1)
+
+
+def test_a_product_in_4_bit_keeps_no_input():
+    """As Setup.kept_inputs has it for the installed bitsandbytes; that of 2023 and 2024 kept it."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    product = bitsandbytes.nn.Linear4bit(64, 96, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    product.weight.requires_grad_(False)
+    source = torch.randn(8, 64, requires_grad=True)
+    inputs = source * 1
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        output = product(inputs)
+    reference = weakref.ref(inputs)
+    del inputs
+    assert not saved and reference() is None and Setup().kept_inputs == 0
+    output.sum().backward()
+    assert source.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(
@@ -453,6 +473,55 @@ def test_memory_of_published_runs(runs):
             assert plan_published.percentile(sizes, 0.9) < 0.15, kind
 
 
+@pytest.fixture(scope="module")
+def more_runs():
+    return plan_published.read_runs(plan_published.MORE_RUNS)
+
+
+def test_published_runs_that_the_plan_had_never_met(more_runs):
+    """The same limits, and there are enough of them."""
+    unseen = [run for run in more_runs if not run.is_fitted]
+    times = sizes_by_kind(unseen, "speed_error")
+    assert len(times["all"]) > 100
+    for kind, sizes in times.items():
+        if len(sizes) >= 4:
+            assert plan_published.percentile(sizes, 0.5) < 0.10, kind
+            assert plan_published.percentile(sizes, 0.9) < 0.25, kind
+    sizes = [abs(run.memory_error) for run in unseen if run.memory_error is not None]
+    assert plan_published.percentile(sizes, 0.5) < 0.08
+    assert plan_published.percentile(sizes, 0.9) < 0.15
+
+
+@pytest.mark.parametrize("page", ["plan.md", "plan_zh.md"])
+def test_what_the_page_says_of_them(page, more_runs):
+    errors = [run.speed_error for run in more_runs if not run.is_fitted]
+    sizes = [abs(error) for error in errors if error is not None]
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    number, half, most = re.search(
+        r"(\d+) (?:published runs|条公布的训练).*?([\d.]+) %.*?(\d+) %", text, re.DOTALL
+    ).groups()
+    assert int(number) == len(sizes)
+    assert half == f"{100 * statistics.median(sizes):.1f}"
+    assert int(most) == round(100 * plan_published.percentile(sizes, 0.9))
+
+
+def test_published_runs_that_showed_a_mistake(more_runs):
+    """Small forwards, where Python is slow; two cards over PCIe; ZeRO-3 on one GPU; inputs that bitsandbytes kept."""
+    seen = [run for run in more_runs if run.is_fitted]
+    times = [abs(run.speed_error) for run in seen if run.speed_error is not None]
+    memories = [abs(run.memory_error) for run in seen if run.memory_error is not None]
+    assert max(times) < 0.25
+    assert plan_published.percentile(memories, 0.5) < 0.08
+    assert plan_published.percentile(memories, 0.9) < 0.15
+
+
+def test_no_published_run_counts_twice(runs, more_runs):
+    names = ("source", "model", "strategy", "gpu", "gpus", "nodes", "rows", "accumulation", "sequence_length")
+    names += ("checkpointing", "compiled", "lora_targets", "speed", "memory")
+    rows = [tuple(run.row[name].removesuffix(".0") for name in names) for run in runs + more_runs]
+    assert len(set(rows)) == len(rows)
+
+
 def test_the_ranges_that_the_plan_shows_are_those_of_the_published_runs(runs):
     assert json.loads(plan_published.ERRORS.read_text()) == plan_published.make_ranges(runs)
 
@@ -512,6 +581,26 @@ def test_what_takes_time():
     short = Setup(gpus=2, sequence_length=256, rows=1, accumulation=8, checkpointing=True)
     two = replace(A100, gpus=2)
     assert seconds("ZeRO-3", short, two) > 2 * seconds("ZeRO-2", short, two)
+
+
+def test_a_link_decides_whether_a_second_card_helps():
+    """Of a 7B model with an adapter, weights sharded: hardly over a slow slot, nearly twice over a bridge."""
+    setup = Setup(gpus=2, rows=1, sequence_length=2048, checkpointing=True)
+    alone = replace(setup, gpus=1)
+    card = GPUS["rtx3090"]
+    gains = {}
+    for name in ("pcie3-x4", "pcie3-x8", "pcie4-x16", "nvlink-bridge"):
+        machine = Machine(replace(card, link=LINKS[name]), gpus=2)
+        one = seconds("FSDP+LoRA", alone, replace(machine, gpus=1))
+        gains[name] = 2 * one / seconds("FSDP+LoRA", setup, machine)
+    assert list(gains.values()) == sorted(gains.values())
+    assert gains["pcie3-x4"] < 1 and gains["nvlink-bridge"] > 1.7
+
+
+def test_zero3_costs_python_s_time_on_a_single_gpu_too():
+    short = Setup(gpus=1, sequence_length=256, rows=1, accumulation=8, checkpointing=True)
+    one = replace(A100, gpus=1)
+    assert seconds("ZeRO-3", short, one) > 1.5 * seconds("ZeRO-2", short, one)
 
 
 def test_the_network_decides_between_sharding_and_a_pipeline():
@@ -708,7 +797,7 @@ def test_cards_without_bf16_are_planned_for_in_float32(monkeypatch, capsys):
 def test_mistakes_are_reported_together(tmp_path, monkeypatch, capsys):
     MixtralConfig(**SIZES, vocab_size=500).save_pretrained(tmp_path)
     flags = ["--model", tmp_path, "--batch", 0, "--target_share", 2, "--network", "fast", "--strategy", "DDP"]
-    flags += ["--gpu_memory", 48, "--ask", "price", "--prices", tmp_path / "none.csv"]
+    flags += ["--gpu_memory", 48, "--ask", "price", "--prices", tmp_path / "none.csv", "--link", "usb"]
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, capsys, *flags)
     for part in (
@@ -720,6 +809,7 @@ def test_mistakes_are_reported_together(tmp_path, monkeypatch, capsys):
         "--gpu_memory 48.0: a card of your own needs all three",
         "--ask price: choose from best, models, context, gpus",
         "none.csv: not a CSV file",
+        "--link usb: choose from auto, pcie3-x4",
     ):
         assert part in stopped.value.code
     with pytest.raises(SystemExit) as stopped:

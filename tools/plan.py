@@ -14,7 +14,7 @@ The default answer is the three best ways, each with its command. --all True sho
 all that is known, --output_dir draws a picture.
 
 Any card: --gpu_memory 48 --gpu_flops 180 --gpu_bandwidth 960 (GiB, TFLOPS, GB/s), the CPU of this machine: --gpu cpu,
-and a machine that tools/doctor.py measured: --machine machine.json.
+and a machine that tools/doctor.py measured: --machine machine.json. --link says what connects the cards of a machine.
 
 One description of what a decoder layer computes (planning/kernels.py) gives memory (planning/memory.py) and time
 (planning/speed.py). The figures of hardware and their sources stand in planning/hardware.py; --list True prints them.
@@ -34,7 +34,20 @@ from pathlib import Path
 
 from paths import expand_home
 from planning import search, show
-from planning.hardware import DISKS, GB, GPU, GPUS, HOST_LINKS, NETWORKS, PCIE4, TFLOPS, GiB, Machine, read_prices
+from planning.hardware import (
+    DISKS,
+    GB,
+    GPU,
+    GPUS,
+    HOST_LINKS,
+    LINKS,
+    NETWORKS,
+    TFLOPS,
+    GiB,
+    Machine,
+    read_gpu,
+    read_prices,
+)
 from planning.models import MATRICES, MODELS, load_model
 from planning.search import Job
 from planning.strategies import ATTENTION, PREFERENCES, STRATEGIES, SUPERVISED, Setup
@@ -70,6 +83,7 @@ class Arguments:
     lora_target_modules: str = field(default="all-linear", metadata={"help": "as the scripts' flag"})
     optimizer_bytes: float = field(default=8, metadata={"help": "of the optimizer's state for a trained weight"})
     network: str = field(default="ib-200", metadata={"help": "between machines: a name, or GB/s for each GPU"})
+    link: str = field(default="auto", metadata={"help": "between GPUs of a machine: a name; auto: as the card has it"})
     host_link: str = field(default="pcie4", metadata={"help": "offload: a name, or GB/s for each GPU"})
     host_memory: float = field(default=0, metadata={"help": "GB of a machine; 0: 128 for each of its GPUs"})
     disk: str = field(default="nvme", metadata={"help": "for checkpoints: a name, or GB/s"})
@@ -83,7 +97,7 @@ class Arguments:
     list: bool = field(default=False, metadata={"help": "only print GPUs, networks and models, with their sources"})
     simulate: bool = field(default=False, metadata={"help": "check the memory by steps on fake tensors (minutes)"})
     published: bool = field(default=False, metadata={"help": "only compare with published runs"})
-    validate: str = field(default="", metadata={"help": "quick or full: compare with real runs on this CPU"})
+    validate: str = field(default="", metadata={"help": "quick, full or sample: compare with real runs on this CPU"})
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -133,6 +147,9 @@ def check_arguments(args: Arguments) -> Question:
     if mistakes:
         raise ValueError("\n".join(mistakes))
     machines = search.list_machines(gpus, counts, nodes, base, custom)
+    if args.link != "auto":
+        link = LINKS[args.link]
+        machines = [(name, replace(machine, gpu=replace(machine.gpu, link=link))) for name, machine in machines]
     machines = [(name, machine) for name, machine in machines if args.batch % machine.num_gpus == 0]
     if not machines:
         raise ValueError(f"--batch {args.batch}: must be a multiple of the number of GPUs, {args.gpus} x {args.nodes}")
@@ -160,7 +177,8 @@ def check_choices(args: Arguments) -> list[str]:
         "ask": QUESTIONS,
         "attention": ATTENTION,
         "checkpointing": ("auto", "True", "False"),
-        "validate": ("", "quick", "full"),
+        "link": ("auto", *LINKS),
+        "validate": ("", "quick", "full", "sample"),
     }
     for name, allowed in choices.items():
         if getattr(args, name) not in allowed:
@@ -231,7 +249,7 @@ def read_card(args: Arguments) -> dict[str, GPU]:
         flops=args.gpu_flops * TFLOPS,
         memory_bandwidth=args.gpu_bandwidth * GB,
         memory=args.gpu_memory * GiB,
-        link=PCIE4,
+        link=LINKS["pcie4-x16"],
         product_share=0.75,
         attention_share=0.5,
         source="the command line",
@@ -254,9 +272,9 @@ def read_machine(path: str | None) -> Measured:
     try:
         measured = json.loads(Path(path).read_text(encoding="utf-8"))
         if measured["gpu"]:
-            gpus = {"measured": GPU(**measured["gpu"])}
+            gpus = {"measured": read_gpu(measured["gpu"])}
         else:
-            gpus = {"cpu": GPU(**measured["cpu"])}
+            gpus = {"cpu": read_gpu(measured["cpu"])}
         return Measured(gpus, measured["speeds"])
     except (OSError, ValueError, TypeError, KeyError) as problem:
         raise ValueError(f"not a file that tools/doctor.py --json writes ({problem})") from None
@@ -423,8 +441,11 @@ def print_lists() -> None:
     print(f"{'GPU':12}{'TFLOPS':>8}{'GB/s':>7}{'GiB':>7}{'link GB/s':>11}{'products':>10}{'attention':>11}  source")
     for name, gpu in GPUS.items():
         line = f"{name:12}{gpu.flops / TFLOPS:>8.0f}{gpu.memory_bandwidth / GB:>7.0f}{gpu.memory / GiB:>7.1f}"
-        line += f"{gpu.link / GB:>11.0f}{gpu.product_share:>10.0%}{gpu.attention_share:>11.0%}  {gpu.source}"
+        line += f"{gpu.link.speed / GB:>11.0f}{gpu.product_share:>10.0%}{gpu.attention_share:>11.0%}  {gpu.source}"
         print(line)
+    print(f"\n{'--link':14}{'GB/s':>6}")
+    for name, link in LINKS.items():
+        print(f"{name:14}{link.speed / GB:>6.0f}  {link.source}")
     for title, presets in (("--network", NETWORKS), ("--host_link", HOST_LINKS), ("--disk", DISKS)):
         print(f"\n{title:12}{'GB/s':>8}")
         for name, (speed, source) in presets.items():

@@ -18,19 +18,71 @@ GiB = 2**30
 TFLOPS = 1e12
 
 
-# Shares of a data sheet's bandwidth and other constants of software, chosen once for all rows of published_runs.csv.
+# Shares of a data sheet's bandwidth and other constants of software, chosen once for all rows of published_runs.csv and
+# those of published_runs_more.csv that its column `fitted` names.
 BANDWIDTH_SHARE = 0.90  # of memory: what a copy of a large tensor reaches (nvbandwidth on A100: 0.88 to 0.91)
-LINK_SHARE = 0.40  # of NVLink and PCIe, by gathers of one layer at a time; nccl-tests reach 0.8 with far larger ones
+NVLINK_SHARE = 0.40  # of NVLink, by gathers of one layer at a time; nccl-tests reach 0.8 with far larger ones
+PCIE_SHARE = 0.75  # of PCIe, which is so slow that a layer is a large message
 NETWORK_SHARE = 0.90  # of the adapters between machines
-OVERLAP_LOSS = 0.26  # share of the shorter one of arithmetic and communication that does not hide behind the longer
+OVERLAP_LOSS = 0.26  # share of the shorter of two things that go on at once that does not hide behind the longer
+PCIE_OVERLAP_LOSS = 0.78  # the same where GPUs exchange through host memory (two RTX 3090, two RTX 4090)
 NETWORK_HOP = 10e-6  # s from one machine to the next in a ring
 LINK_HOP = 1.5e-6  # s from one GPU to the next in a machine
 LAUNCH = 12e-6  # s that PyTorch needs to start one operation; a GPU that computes less waits
 FSDP_GATHER = 0.5e-3  # s of Python for each gather of a layer
-DEEPSPEED_GATHER = 0.8e-3  # s of Python for each gather of a matrix: hooks, prefetcher, and NCCL's start
+DEEPSPEED_HOOKS = 0.4e-3  # s of Python for each matrix under ZeRO-3, on a single GPU, too: hooks and prefetcher
+DEEPSPEED_GATHER = 0.25e-3  # and to start its gather, where there is something to gather
 NARROW = 320  # a product of width h reaches h / (h + NARROW) of product_share
 SHORT_DOCUMENT = 400  # attention in L tokens reaches L / (L + 400) of its speed (arXiv:2407.08608, 512 to 16k tokens)
 HOST_ADAM = 15 * GB  # bytes/s of host memory for each process in DeepSpeed's CPUAdam
+
+
+@dataclass(frozen=True)
+class Link:
+    """What connects the GPUs of a machine."""
+
+    speed: float  # bytes/s, one direction
+    source: str
+    share: float = NVLINK_SHARE  # of it, by gathers of one layer at a time
+    overlap_loss: float = OVERLAP_LOSS  # of arithmetic and communication
+
+    @property
+    def reached(self) -> float:
+        """Bytes/s within a step."""
+        return self.speed * self.share
+
+
+def pcie(speed: float, source: str) -> Link:
+    """Without NVLink, what two GPUs exchange goes through host memory, which halves the speed of their slots."""
+    return Link(speed / 2, source, PCIE_SHARE, PCIE_OVERLAP_LOSS)
+
+
+LINKS = {
+    "pcie3-x4": pcie(4 * GB, "PCI Express 3.0, a slot behind the chipset"),
+    "pcie3-x8": pcie(8 * GB, "PCI Express 3.0, two cards that share 16 lanes"),
+    "pcie3-x16": pcie(16 * GB, "PCI Express 3.0"),
+    "pcie4-x4": pcie(8 * GB, "PCI Express 4.0, a slot behind the chipset"),
+    "pcie4-x8": pcie(16 * GB, "PCI Express 4.0, two cards that share 16 lanes"),
+    "pcie4-x16": pcie(32 * GB, "PCI Express 4.0"),
+    "pcie5-x8": pcie(32 * GB, "PCI Express 5.0, two cards that share 16 lanes"),
+    "pcie5-x16": pcie(64 * GB, "PCI Express 5.0"),
+    "nvlink-bridge": Link(56 * GB, "NVIDIA's bridge for two RTX 3090, A40 or RTX A6000"),
+    "nvlink2": Link(150 * GB, "NVIDIA V100 data sheet, SXM2"),
+    "nvlink3": Link(300 * GB, "NVIDIA A100 data sheet, SXM"),
+    "nvlink4": Link(450 * GB, "NVIDIA H100 data sheet, SXM"),
+    "nvlink5": Link(900 * GB, "NVIDIA HGX B200 data sheet"),
+    "infinity-fabric": Link(448 * GB, "AMD MI300X data sheet"),
+}
+
+
+PCIE3 = LINKS["pcie3-x16"]
+PCIE4 = LINKS["pcie4-x16"]
+PCIE5 = LINKS["pcie5-x16"]
+NVLINK2 = LINKS["nvlink2"]
+NVLINK3 = LINKS["nvlink3"]
+NVLINK4 = LINKS["nvlink4"]
+NVLINK5 = LINKS["nvlink5"]
+INFINITY = LINKS["infinity-fabric"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +92,7 @@ class GPU:
     flops: float  # dense operations per second in the precision that the scripts compute in: bf16 with float32 sums
     memory_bandwidth: float  # bytes/s
     memory: float  # bytes, as nvidia-smi shows them
-    link: float  # bytes/s, one direction, to the other GPUs of the machine: NVLink, or PCIe where there is none
+    link: Link  # to the other GPUs of the machine
     product_share: float  # of `flops`, by large products within a training step
     attention_share: float  # of `flops`, by FlashAttention-2 on long documents, forward and backward
     source: str
@@ -52,33 +104,31 @@ class GPU:
     drawing: float = 0.0  # s to draw a random number for dropout; a GPU does it while it waits for its memory
 
 
-# What two GPUs exchange over PCIe without NVLink goes through host memory, which halves it.
-PCIE3 = 16 * GB / 2
-PCIE4 = 32 * GB / 2
-PCIE5 = 64 * GB / 2
-
 GPUS = {
-    "a100-80g": GPU(312 * TFLOPS, 2039 * GB, 80.0 * GiB, 300 * GB, 0.78, 0.58, "NVIDIA A100 data sheet, SXM"),
-    "a100-40g": GPU(312 * TFLOPS, 1555 * GB, 40.0 * GiB, 300 * GB, 0.78, 0.58, "NVIDIA A100 data sheet, SXM"),
-    "h100-80g": GPU(989 * TFLOPS, 3350 * GB, 79.6 * GiB, 450 * GB, 0.64, 0.31, "NVIDIA H100 data sheet, SXM"),
-    "h200": GPU(989 * TFLOPS, 4800 * GB, 140.4 * GiB, 450 * GB, 0.64, 0.31, "NVIDIA H200 data sheet, SXM; as H100"),
+    "a100-80g": GPU(312 * TFLOPS, 2039 * GB, 80.0 * GiB, NVLINK3, 0.78, 0.58, "NVIDIA A100 data sheet, SXM"),
+    "a100-40g": GPU(312 * TFLOPS, 1555 * GB, 40.0 * GiB, NVLINK3, 0.78, 0.58, "NVIDIA A100 data sheet, SXM"),
+    "h100-80g": GPU(989 * TFLOPS, 3350 * GB, 79.6 * GiB, NVLINK4, 0.64, 0.31, "NVIDIA H100 data sheet, SXM"),
+    "h200": GPU(989 * TFLOPS, 4800 * GB, 140.4 * GiB, NVLINK4, 0.64, 0.31, "NVIDIA H200 data sheet, SXM; as H100"),
     # Attention by FlashAttention-2, which was not written for it: 330 TFLOPS (Dao-AILab/flash-attention#1589).
-    "b200": GPU(2250 * TFLOPS, 8000 * GB, 179.1 * GiB, 900 * GB, 0.60, 0.15, "NVIDIA HGX B200 data sheet"),
+    "b200": GPU(2250 * TFLOPS, 8000 * GB, 179.1 * GiB, NVLINK5, 0.60, 0.15, "NVIDIA HGX B200 data sheet"),
     # Products alone 0.51 to 0.60 of the peak (ml-engineering), four fifths of that within a step, as H100.
-    "mi300x": GPU(1307 * TFLOPS, 5300 * GB, 192.0 * GiB, 448 * GB, 0.44, 0.20, "AMD MI300X data sheet"),
+    "mi300x": GPU(1307 * TFLOPS, 5300 * GB, 192.0 * GiB, INFINITY, 0.44, 0.20, "AMD MI300X data sheet"),
     # Cards with GDDR memory and less power: as RTX 4090 and RTX 3090, less what the power limit takes (L4: 72 W).
     "l40s": GPU(362 * TFLOPS, 864 * GB, 45.0 * GiB, PCIE4, 0.70, 0.50, "NVIDIA L40S data sheet"),
     "l4": GPU(121 * TFLOPS, 300 * GB, 22.5 * GiB, PCIE4, 0.55, 0.45, "NVIDIA L4 data sheet"),
     "a10g": GPU(70 * TFLOPS, 600 * GB, 22.5 * GiB, PCIE4, 0.85, 0.70, "NVIDIA A10G data sheet (AWS)"),
     "a40": GPU(150 * TFLOPS, 696 * GB, 45.0 * GiB, PCIE4, 0.75, 0.60, "NVIDIA A40 data sheet"),
     "a6000": GPU(155 * TFLOPS, 768 * GB, 48.0 * GiB, PCIE4, 0.75, 0.60, "NVIDIA RTX A6000 data sheet"),
-    "rtx3090": GPU(71 * TFLOPS, 936 * GB, 24.0 * GiB, PCIE4, 1.00, 0.80, "NVIDIA GA102 white paper"),
-    # Its clock is above the data sheet's, and so is what it computes.
-    "rtx4090": GPU(165 * TFLOPS, 1008 * GB, 24.0 * GiB, PCIE4, 1.05, 0.80, "NVIDIA Ada white paper"),
+    # Two of them were measured on "an older motherboard" with "slow PCI lanes" (AnswerDotAI/fsdp_qlora): --link.
+    "rtx3090": GPU(71 * TFLOPS, 936 * GB, 24.0 * GiB, LINKS["pcie3-x8"], 1.00, 0.80, "NVIDIA GA102 white paper"),
+    # Its clock is above the data sheet's, and so is what it computes; its cache of 72 MB keeps what is read again soon.
+    "rtx4090": GPU(
+        165 * TFLOPS, 1008 * GB, 24.0 * GiB, PCIE4, 1.05, 0.80, "NVIDIA Ada white paper", bandwidth_share=1.1
+    ),
     "rtx5090": GPU(209 * TFLOPS, 1792 * GB, 31.8 * GiB, PCIE5, 1.00, 0.70, "NVIDIA Blackwell white paper; as 4090"),
     # Without bf16 the scripts compute in float32, by the ordinary cores.
-    "v100": GPU(15.7 * TFLOPS, 900 * GB, 31.7 * GiB, 150 * GB, 0.85, 0.40, "NVIDIA V100 data sheet, SXM2, 32 GB", 4),
-    "t4": GPU(8.1 * TFLOPS, 320 * GB, 15.0 * GiB, PCIE3, 0.60, 0.35, "NVIDIA T4 data sheet", 4),
+    "v100": GPU(15.7 * TFLOPS, 900 * GB, 31.7 * GiB, NVLINK2, 0.85, 0.40, "NVIDIA V100 data sheet, SXM2, 32 GB", 4),
+    "t4": GPU(8.1 * TFLOPS, 320 * GB, 15.0 * GiB, PCIE3, 0.60, 0.35, "NVIDIA T4 data sheet", compute_bytes=4),
 }
 
 # Between machines, bytes/s for each GPU, one direction.
@@ -157,6 +207,15 @@ def usable_bytes(gpu: GPU, num_gpus: int) -> float:
     if num_gpus > 1:
         free -= COMMUNICATORS
     return free * (1 - FRAGMENTATION)
+
+
+def read_gpu(entries: dict) -> GPU:
+    """A GPU from what dataclasses.asdict makes of it.
+
+    Raises:
+        TypeError, KeyError: it is something else.
+    """
+    return GPU(**{**entries, "link": Link(**entries["link"])})
 
 
 def read_prices(path: str | Path) -> dict[str, float]:

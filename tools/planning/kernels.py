@@ -124,6 +124,8 @@ def product_kernels(name: str, model: Model, strategy: Strategy, setup: Setup) -
         # Each pass unpacks the matrix to bf16: half a byte is read and two are written, for all tokens together.
         moved = 2.5 * inputs * outputs / setup.tokens
         launches = 3
+        if not shares_input:
+            saved = setup.kept_inputs * size * inputs
     if uses_autocast(strategy, setup):
         moved += 6 * inputs * outputs / setup.tokens  # the matrix is cast, for all tokens together
         launches = 2

@@ -8,13 +8,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
 
-from .hardware import GB, GPU, PCIE4
+from .hardware import GB, GPU, LINKS, Link
 from .models import MODELS, Model
 
 TOKENS = 512  # of a forward
@@ -89,7 +89,7 @@ def measure_cpu(model: Model, processes: int, bf16: bool | None = None) -> GPU:
         flops=products,
         memory_bandwidth=bandwidth,
         memory=psutil.virtual_memory().total / processes,
-        link=bandwidth / 4,  # gloo: into a socket, out of it, and into place
+        link=Link(bandwidth / 4, "gloo: into a socket, out of it, and into place"),
         product_share=1.0,
         attention_share=statistics.mean(rate.attention for rate in rates) / products,
         source="measured",
@@ -247,21 +247,30 @@ def measure_gpu() -> GPU:
         attention(states, states, states, is_causal=True).backward(states)
 
     attention_flops = 3.5 * 4 * 32 * 128 * 4096 * 4097 / 2
-    link = PCIE4
-    if torch.cuda.device_count() > 1:
-        other = matrix.to("cuda:1")
-        link = matrix.numel() * compute_bytes / gpu_seconds_of(lambda: other.copy_(matrix))
     return GPU(
         flops=flops,
         memory_bandwidth=bandwidth,
         memory=torch.cuda.get_device_properties(0).total_memory,
-        link=link,
+        link=measure_link(),
         product_share=0.85,
         attention_share=attention_flops / gpu_seconds_of(attend) / flops,
         source=f"measured: {torch.cuda.get_device_name(0)}",
         compute_bytes=compute_bytes,
         bandwidth_share=1.0,
     )
+
+
+def measure_link() -> Link:
+    """Between the first two GPUs, by copies; a single GPU is taken to have PCI Express 4.0."""
+    link = LINKS["pcie4-x16"]
+    if torch.cuda.device_count() == 1:
+        return link
+    values = torch.empty(2**28, dtype=torch.uint8, device="cuda:0")
+    other = torch.empty(2**28, dtype=torch.uint8, device="cuda:1")
+    speed = values.numel() / gpu_seconds_of(lambda: other.copy_(values))
+    if speed > LINKS["pcie5-x16"].speed:
+        link = LINKS["nvlink-bridge"]
+    return replace(link, speed=speed, source="measured")
 
 
 def host_link_speed() -> float:

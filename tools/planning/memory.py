@@ -61,8 +61,6 @@ def memory(model: Model, strategy: Strategy, setup: Setup) -> Memory:
         worst, states = fullest(stage(model, strategy, setup, i) for i in range(num_blocks(model, setup)))
     else:
         worst, states = sharded(model, strategy, setup)
-    if strategy.four_bit and setup.loads_whole:
-        worst = worst_of([worst, loading(model, setup)])
     offloaded = offloaded_bytes(model, strategy, setup)
     return Memory(
         worst=worst,
@@ -71,12 +69,6 @@ def memory(model: Model, strategy: Strategy, setup: Setup) -> Memory:
         offloaded=offloaded,
         disk=disk_bytes(model, strategy, setup),
     )
-
-
-def loading(model: Model, setup: Setup) -> Moment:
-    """The whole model in bf16, while its largest matrix is copied and packed into 4 bits."""
-    largest = max(model.head_params, largest_matrix(model))
-    return Moment(weights=setup.compute_bytes * model.params, buffers=(setup.compute_bytes + NF4_BYTES) * largest)
 
 
 def fullest(devices) -> tuple[Moment, float]:

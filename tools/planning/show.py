@@ -11,7 +11,7 @@ from .strategies import MATRICES, STRATEGIES
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 BAR = 40  # characters
 # Behind a text, so that no line runs through it.
-PAPER = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
+PAPER = {"facecolor": "white", "alpha": 0.9, "edgecolor": "none", "pad": 1}
 LEGEND = """
 ckpt: gradient checkpointing. rows x acc: rows of one forward of one GPU, and forwards of an optimizer step; the fastest
   that fits, and of those within 3 % the one with most rows. most: the most rows of one forward that fit.
@@ -300,7 +300,7 @@ def draw(job: Job, ways: list[Way], path: Path) -> None:
             axis.text(0.99 * shown, number, text, va="center", ha="right", fontsize=9, bbox=PAPER)
     for name, size in dict.fromkeys((way.gpu, way.machine.gpu.memory / GiB) for way in ways):
         axis.axvline(size, color="black", linestyle="--", linewidth=1)
-        axis.text(size, -0.9, f"{name}: {size:.0f} GiB", ha="center", fontsize=9)
+        axis.text(size, -0.9, f"{name}: {size:.0f} GiB", ha="center", fontsize=9, bbox=PAPER)
     axis.set_yticks(positions, labels)
     axis.set_xlim(0, shown)
     axis.set_ylim(len(ways) - 0.5, -1.4)  # the first at the top

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 from .hardware import (
     DEEPSPEED_GATHER,
+    DEEPSPEED_HOOKS,
     FSDP_GATHER,
     GPU,
     HOST_ADAM,
     LINK_HOP,
-    LINK_SHARE,
     NETWORK_HOP,
     NETWORK_SHARE,
     OVERLAP_LOSS,
@@ -117,7 +117,7 @@ def compute_seconds(model: Model, setup: Setup, machine: Machine, work: Work, py
     starting = work.launches * machine.gpu.launch + python
     if machine.cores:
         return computing + starting
-    return max(computing, starting)
+    return overlapped(computing, starting, OVERLAP_LOSS)  # some parts have many small operations, others few large ones
 
 
 def crowded(seconds: float, machine: Machine, processes: int) -> float:
@@ -136,9 +136,9 @@ def update_seconds(model: Model, strategy: Strategy, setup: Setup, machine: Mach
     return moved / bytes_per_second(machine.gpu)
 
 
-def overlapped(first: float, second: float) -> float:
-    """Two things that go on at once, and hinder each other."""
-    return max(first, second) + OVERLAP_LOSS * min(first, second)
+def overlapped(first: float, second: float, loss: float) -> float:
+    """Two things that go on at once, and hinder each other: `loss` of the shorter one does not hide."""
+    return max(first, second) + loss * min(first, second)
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def sharded_seconds(model: Model, strategy: Strategy, setup: Setup, machine: Mac
     each_micro_step, at_update = communication(model, strategy, setup)
     sending = traffic_seconds(setup, machine, each_micro_step)
     if strategy.prefetches:
-        seconds = setup.accumulation * overlapped(arithmetic, sending)
+        seconds = setup.accumulation * overlapped(arithmetic, sending, machine.gpu.link.overlap_loss)
     else:
         seconds = setup.accumulation * (arithmetic + sending)
     seconds += traffic_seconds(setup, machine, at_update)
@@ -170,18 +170,19 @@ def sharded_seconds(model: Model, strategy: Strategy, setup: Setup, machine: Mac
 
 def gather_seconds(model: Model, strategy: Strategy, setup: Setup) -> float:
     """Python's time for the gathers of a micro-step: FSDP2 gathers layers, ZeRO-3 matrices."""
-    if setup.num_gpus == 1:
-        return 0.0
     num_passes = 2
     if setup.checkpointing:
         num_passes = 3
     if strategy.computes_reference:
         num_passes += 1
-    if strategy.kind == "fsdp":
-        return num_passes * model.layers * FSDP_GATHER
+    each_layer = 0.0
+    if strategy.kind == "fsdp" and setup.num_gpus > 1:
+        each_layer = FSDP_GATHER
     if strategy.kind == "zero3":
-        return num_passes * model.layers * len(model.matrices) * DEEPSPEED_GATHER
-    return 0.0
+        each_layer = len(model.matrices) * DEEPSPEED_HOOKS
+        if setup.num_gpus > 1:
+            each_layer += len(model.matrices) * DEEPSPEED_GATHER
+    return num_passes * model.layers * each_layer
 
 
 def communication(model: Model, strategy: Strategy, setup: Setup) -> tuple[Traffic, Traffic]:
@@ -237,7 +238,7 @@ def ring(setup: Setup, moved: float, shard_nodes: int, rounds: float) -> Traffic
 
 def traffic_seconds(setup: Setup, machine: Machine, traffic: Traffic) -> float:
     """Both ways one behind the other, and what a message takes to go round the ring, whatever its size."""
-    seconds = traffic.link / (machine.gpu.link * LINK_SHARE) + traffic.network / (machine.network * NETWORK_SHARE)
+    seconds = traffic.link / machine.gpu.link.reached + traffic.network / (machine.network * NETWORK_SHARE)
     if setup.num_gpus == 1:
         return 0.0
     shard_nodes = setup.shard_nodes or setup.nodes
@@ -285,7 +286,7 @@ def plain_seconds(model: Model, strategy: Strategy, setup: Setup, machine: Machi
     num_crossings = 2  # there and back
     if strategy.computes_reference:
         num_crossings = 3
-    crossing = num_borders * num_crossings * border_bytes(model, setup) / (machine.gpu.link * LINK_SHARE)
+    crossing = num_borders * num_crossings * border_bytes(model, setup) / machine.gpu.link.reached
     seconds = setup.accumulation * (arithmetic + crossing)
     # Each device updates its own weights, all at once; the largest part counts.
     largest = max(place_layers(model.layers, num_blocks(model, setup))) / model.layers
@@ -309,7 +310,7 @@ def pipeline_seconds(model: Model, strategy: Strategy, setup: Setup, machine: Ma
         crossing = border_bytes(model, setup) / slowest_border(setup, machine)
     # A stage waits for what it gets where nothing else is to be done: while the pipeline fills and drains.
     fill = sum(times) - max(times) + 2 * (len(stages) - 1) * crossing
-    seconds = setup.accumulation * overlapped(max(times), 2 * crossing) + fill
+    seconds = setup.accumulation * overlapped(max(times), 2 * crossing, machine.gpu.link.overlap_loss) + fill
     if machine.cores and len(stages) > machine.cores:
         # Stages take turns, and no scheduler knows whose turn matters. It needs at least what all work takes on all
         # cores, or the longest chain, and at most the one and that part of the other in which the other cores may be
@@ -325,7 +326,7 @@ def pipeline_seconds(model: Model, strategy: Strategy, setup: Setup, machine: Ma
 
 def slowest_border(setup: Setup, machine: Machine) -> float:
     """Bytes/s between two stages that follow each other, where it is slowest."""
-    link = machine.gpu.link * LINK_SHARE
+    link = machine.gpu.link.reached
     if setup.nodes == 1:
         return link
     # One GPU of a machine sends to the next machine, and has all of its adapters: eight shares.

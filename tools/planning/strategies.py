@@ -111,7 +111,7 @@ class Setup:
     zero_gradient_bytes: int = 4  # of one that DeepSpeed keeps and reduces: ds_configs/ ask for float32
     chunked_loss: bool = True  # with joined rows logits exist for a chunk of targets at a time, as in data_collator.py
     logit_bytes: int = 12  # else, of each logit: log-softmax and two gradients in float32; more where others keep it
-    loads_whole: bool = False  # QLoRA: the model is loaded in bf16 on the GPU and quantised there, as LitGPT does
+    kept_inputs: int = 0  # QLoRA: copies of a quantised product's input that stay; old bitsandbytes kept it
     on_cpu: bool = False  # CPU processes
 
     @property

@@ -6,7 +6,8 @@ import statistics
 import subprocess
 import sys
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
@@ -479,10 +480,10 @@ def more_runs():
 
 
 def test_published_runs_that_the_plan_had_never_met(more_runs):
-    """The same limits, and there are enough of them."""
+    """The same limits for those whose setting is fully known, and there are enough of them."""
     unseen = [run for run in more_runs if not run.is_fitted]
     times = sizes_by_kind(unseen, "speed_error")
-    assert len(times["all"]) > 100
+    assert len(times["all"]) > 90
     for kind, sizes in times.items():
         if len(sizes) >= 4:
             assert plan_published.percentile(sizes, 0.5) < 0.10, kind
@@ -494,15 +495,24 @@ def test_published_runs_that_the_plan_had_never_met(more_runs):
 
 @pytest.mark.parametrize("page", ["plan.md", "plan_zh.md"])
 def test_what_the_page_says_of_them(page, more_runs):
-    errors = [run.speed_error for run in more_runs if not run.is_fitted]
-    sizes = [abs(error) for error in errors if error is not None]
+    unseen = [run for run in more_runs if not run.is_fitted and run.speed_error is not None]
+    rest = [run for run in unseen if run.row["source"] != plan_published.LARGEST_TABLE]
+    zero2 = [100 * run.speed_error for run in rest if run.kind == "ZeRO-2"]
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    number, half, most = re.search(
-        r"(\d+) (?:published runs|条公布的训练).*?([\d.]+) %.*?(\d+) %", text, re.DOTALL
-    ).groups()
-    assert int(number) == len(sizes)
-    assert half == f"{100 * statistics.median(sizes):.1f}"
-    assert int(most) == round(100 * plan_published.percentile(sizes, 0.9))
+    (paragraph,) = [part for part in text.split("\n\n") if "127" in part]
+    sizes = [abs(run.speed_error) for run in unseen]
+    expected = [
+        len(unseen),
+        f"{100 * statistics.median(sizes):.1f}",
+        round(100 * plan_published.percentile(sizes, 0.9)),
+        len(unseen) - len(rest),
+        len(rest),
+        f"{100 * statistics.median(abs(run.speed_error) for run in rest):.1f}",
+        round(min(zero2)),
+        round(max(zero2)),
+    ]
+    numbers = re.findall(r"(?<![\w-])\d+(?:\.\d+)?", paragraph)
+    assert numbers == [str(number) for number in expected]
 
 
 def test_published_runs_that_showed_a_mistake(more_runs):
@@ -522,8 +532,8 @@ def test_no_published_run_counts_twice(runs, more_runs):
     assert len(set(rows)) == len(rows)
 
 
-def test_the_ranges_that_the_plan_shows_are_those_of_the_published_runs(runs):
-    assert json.loads(plan_published.ERRORS.read_text()) == plan_published.make_ranges(runs)
+def test_the_ranges_that_the_plan_shows_are_those_of_the_published_runs(runs, more_runs):
+    assert json.loads(plan_published.ERRORS.read_text()) == plan_published.make_ranges(runs, more_runs)
 
 
 def test_the_former_version_is_shown_beside_the_new_one(runs, capsys):
@@ -786,6 +796,74 @@ def test_a_card_of_one_s_own_is_planned_for_as_a_known_one(monkeypatch, capsys):
     assert described["total_bytes"] == known["total_bytes"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--gpu", "cpu", "--gpus", 2, "--link", "nvlink4"], "--link nvlink4: processes on a CPU exchange"),
+        (
+            ["--gpu", "rtx3090", "--gpus", 4, "--link", "nvlink-bridge"],
+            "--link nvlink-bridge: it joins two GPUs",
+        ),
+        (["--ask", "context", "--gpu", "rtx3090,rtx4090", "--gpus", 1], "--ask context: name one kind of GPU"),
+        (["--ask", "models", "--gpus", "1,2"], "--ask models: name one kind of GPU"),
+    ],
+)
+def test_a_question_that_makes_no_sense_is_answered_in_words(flags, part, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "measure_this_cpu", lambda model, processes: GPUS["t4"])
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, capsys, "--batch", 8, *flags)
+    assert part in stopped.value.code
+
+
+def save_machine(folder, **speeds) -> str:
+    """What tools/doctor.py --json writes of a machine without a GPU."""
+    path = folder / "machine.json"
+    measured = {"cpu": asdict(GPUS["t4"]), "gpu": None, "speeds": {"cores": 2, "disk": 1e8, **speeds}}
+    path.write_text(json.dumps(measured))
+    return str(path)
+
+
+def test_what_was_measured_of_a_cpu_says_nothing_of_rented_gpus(tmp_path, monkeypatch, capsys):
+    flags = ["--gpu", "h100-80g", "--strategy", "FSDP", "--model", "llama-3.2-1b", "--json", True]
+    alone = json.loads(call(monkeypatch, capsys, *flags))["rows"][0]
+    beside = json.loads(call(monkeypatch, capsys, *flags, "--machine", save_machine(tmp_path)))["rows"][0]
+    assert beside["hours"] == alone["hours"]
+
+
+def test_what_the_user_says_counts_more_than_what_was_measured(tmp_path, monkeypatch, capsys):
+    flags = ["--gpus", 1, "--batch", 8, "--strategy", "pp_peft", "--model", "smollm2-135m", "--json", True]
+    flags += ["--machine", save_machine(tmp_path)]
+    measured = json.loads(call(monkeypatch, capsys, *flags))["rows"][0]
+    stated = json.loads(call(monkeypatch, capsys, *flags, "--disk", 2))["rows"][0]
+    assert measured["checkpoint_seconds"] == pytest.approx(20 * stated["checkpoint_seconds"])
+
+
+@pytest.mark.parametrize("what", ["an older version", "an unknown speed"])
+def test_a_measurement_that_does_not_fit_is_explained(what, tmp_path, monkeypatch, capsys):
+    path = Path(save_machine(tmp_path, warp=9))
+    if what == "an older version":
+        measured = json.loads(path.read_text())
+        measured["cpu"]["link"] = 1e9
+        path.write_text(json.dumps(measured))
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, capsys, "--machine", path)
+    part = {"an older version": "an older version wrote it; measure again", "an unknown speed": "warp"}[what]
+    assert "machine.json: not a file that tools/doctor.py --json writes" in stopped.value.code
+    assert part in stopped.value.code
+
+
+def test_one_gpu_is_not_told_three_names_of_one_way(monkeypatch, capsys):
+    flags = ["--gpu", "rtx4090", "--gpus", 1, "--model", "llama-3-8b", "--batch", 64, "--json", True]
+    names = [way["strategy"] for way in json.loads(call(monkeypatch, capsys, *flags))["best"]]
+    assert names[:2] == ["pp_peft", "QLoRA"]
+
+
+def test_the_link_is_shown_where_there_are_several_gpus(monkeypatch, capsys):
+    flags = ["--gpu", "rtx3090", "--gpus", 2, "--model", "llama-3.2-1b", "--batch", 8]
+    assert "on 2 rtx3090 (pcie4-x8)" in call(monkeypatch, capsys, *flags)
+    assert "on 2 rtx3090 (11 GB/s)" in call(monkeypatch, capsys, *flags, "--link", 11)
+
+
 def test_cards_without_bf16_are_planned_for_in_float32(monkeypatch, capsys):
     flags = ["--gpus", 1, "--batch", 8, "--strategy", "pp_peft", "--checkpointing", True, "--json", True]
     t4 = json.loads(call(monkeypatch, capsys, *flags, "--gpu", "t4", "--model", "llama-3.2-1b"))["rows"][0]
@@ -809,7 +887,7 @@ def test_mistakes_are_reported_together(tmp_path, monkeypatch, capsys):
         "--gpu_memory 48.0: a card of your own needs all three",
         "--ask price: choose from best, models, context, gpus",
         "none.csv: not a CSV file",
-        "--link usb: choose from auto, pcie3-x4",
+        "--link usb: a number of GB/s above 0, or one of pcie3-x4",
     ):
         assert part in stopped.value.code
     with pytest.raises(SystemExit) as stopped:

@@ -42,8 +42,11 @@ from planning.hardware import (
     HOST_LINKS,
     LINKS,
     NETWORKS,
+    PCIE4,
+    PCIE_OVERLAP_LOSS,
     TFLOPS,
     GiB,
+    Link,
     Machine,
     read_gpu,
     read_prices,
@@ -83,7 +86,7 @@ class Arguments:
     lora_target_modules: str = field(default="all-linear", metadata={"help": "as the scripts' flag"})
     optimizer_bytes: float = field(default=8, metadata={"help": "of the optimizer's state for a trained weight"})
     network: str = field(default="ib-200", metadata={"help": "between machines: a name, or GB/s for each GPU"})
-    link: str = field(default="auto", metadata={"help": "between GPUs of a machine: a name; auto: as the card has it"})
+    link: str = field(default="auto", metadata={"help": "between GPUs of a machine: a name, or GB/s; auto: --list"})
     host_link: str = field(default="pcie4", metadata={"help": "offload: a name, or GB/s for each GPU"})
     host_memory: float = field(default=0, metadata={"help": "GB of a machine; 0: 128 for each of its GPUs"})
     disk: str = field(default="nvme", metadata={"help": "for checkpoints: a name, or GB/s"})
@@ -128,6 +131,7 @@ def check_arguments(args: Arguments) -> Question:
     custom = attempt("gpu_memory", read_card)
     counts = attempt("gpus", lambda args: read_numbers(args.gpus))
     nodes = attempt("nodes", lambda args: read_numbers(args.nodes))
+    link = attempt("link", lambda args: read_link(args.link))
     network = attempt("network", lambda args: read_speed(args.network, NETWORKS))
     host_link = attempt("host_link", lambda args: read_speed(args.host_link, HOST_LINKS))
     disk = attempt("disk", lambda args: read_speed(args.disk, DISKS))
@@ -139,16 +143,21 @@ def check_arguments(args: Arguments) -> Question:
         raise ValueError("\n".join(mistakes))
     base = Machine(GPUS["a100-80g"], network=network, host_link=host_link, disk=disk, host_memory=args.host_memory * GB)
     custom.update(measured.gpus)
-    base = replace(base, **measured.speeds)
+    for name, speed in measured.speeds.items():
+        if getattr(args, name, None) == getattr(Arguments, name, None):  # what the user says counts more
+            base = replace(base, **{name: speed})
     gpus = attempt("gpu", lambda args: read_gpus(args.gpu, custom))
-    if gpus and args.gpu == "cpu" and "cpu" not in custom:
+    if gpus and "cpu" in gpus and "cpu" not in custom:
         custom["cpu"] = measure_this_cpu(model, max(counts))
         base = replace(base, cores=os.cpu_count())
+    if link and gpus:
+        mistakes += find_unlinkable(link, gpus, counts)
+    if args.ask in ("models", "context", "gpus") and gpus and len(gpus) * len(counts) * len(nodes) > 1:
+        mistakes.append(f"--ask {args.ask}: name one kind of GPU, and one number for --gpus and --nodes")
     if mistakes:
         raise ValueError("\n".join(mistakes))
     machines = search.list_machines(gpus, counts, nodes, base, custom)
-    if args.link != "auto":
-        link = LINKS[args.link]
+    if link:
         machines = [(name, replace(machine, gpu=replace(machine.gpu, link=link))) for name, machine in machines]
     machines = [(name, machine) for name, machine in machines if args.batch % machine.num_gpus == 0]
     if not machines:
@@ -177,7 +186,6 @@ def check_choices(args: Arguments) -> list[str]:
         "ask": QUESTIONS,
         "attention": ATTENTION,
         "checkpointing": ("auto", "True", "False"),
-        "link": ("auto", *LINKS),
         "validate": ("", "quick", "full", "sample"),
     }
     for name, allowed in choices.items():
@@ -208,6 +216,25 @@ def read_speed(text: str, presets: dict[str, tuple[float, str]]) -> float:
     if not 0 < speed < math.inf:
         raise ValueError(f"a number of GB/s above 0, or one of {', '.join(presets)}")
     return speed
+
+
+def read_link(text: str) -> Link | None:
+    """A link by its name, or by what two GPUs exchange, one way; None for that of the card."""
+    if text == "auto":
+        return None
+    if text in LINKS:
+        return LINKS[text]
+    speed = read_speed(text, {name: (link.speed, link.source) for name, link in LINKS.items()})
+    return Link(f"{text} GB/s", speed, "the command line", share=1.0, overlap_loss=PCIE_OVERLAP_LOSS)
+
+
+def find_unlinkable(link: Link, gpus: list[str], counts: list[int]) -> list[str]:
+    mistakes = []
+    if "cpu" in gpus:
+        mistakes.append(f"--link {link.name}: processes on a CPU exchange through its memory")
+    if link.name == "nvlink-bridge" and max(counts) > 2:
+        mistakes.append(f"--link {link.name}: it joins two GPUs, not {max(counts)}")
+    return mistakes
 
 
 def read_strategies(text: str) -> tuple[str, ...]:
@@ -249,7 +276,7 @@ def read_card(args: Arguments) -> dict[str, GPU]:
         flops=args.gpu_flops * TFLOPS,
         memory_bandwidth=args.gpu_bandwidth * GB,
         memory=args.gpu_memory * GiB,
-        link=LINKS["pcie4-x16"],
+        link=PCIE4,
         product_share=0.75,
         attention_share=0.5,
         source="the command line",
@@ -271,11 +298,16 @@ def read_machine(path: str | None) -> Measured:
         return Measured({}, {})
     try:
         measured = json.loads(Path(path).read_text(encoding="utf-8"))
-        if measured["gpu"]:
-            gpus = {"measured": read_gpu(measured["gpu"])}
-        else:
-            gpus = {"cpu": read_gpu(measured["cpu"])}
-        return Measured(gpus, measured["speeds"])
+        name = "measured"
+        gpu = measured["gpu"]
+        if not gpu:
+            name = "cpu"
+            gpu = measured["cpu"]
+        if not isinstance(gpu["link"], dict):
+            raise ValueError("an older version wrote it; measure again")
+        gpu = read_gpu(gpu)
+        replace(Machine(gpu), **measured["speeds"])  # it takes them all
+        return Measured({name: gpu}, measured["speeds"])
     except (OSError, ValueError, TypeError, KeyError) as problem:
         raise ValueError(f"not a file that tools/doctor.py --json writes ({problem})") from None
 
@@ -438,14 +470,14 @@ def answer_gpus(args: Arguments, question: Question) -> None:
 
 def print_lists() -> None:
     """Everything that has a name, with its source."""
-    print(f"{'GPU':12}{'TFLOPS':>8}{'GB/s':>7}{'GiB':>7}{'link GB/s':>11}{'products':>10}{'attention':>11}  source")
+    print(f"{'GPU':12}{'TFLOPS':>8}{'GB/s':>7}{'GiB':>7}{'link':>17}{'products':>10}{'attention':>11}  source")
     for name, gpu in GPUS.items():
         line = f"{name:12}{gpu.flops / TFLOPS:>8.0f}{gpu.memory_bandwidth / GB:>7.0f}{gpu.memory / GiB:>7.1f}"
-        line += f"{gpu.link.speed / GB:>11.0f}{gpu.product_share:>10.0%}{gpu.attention_share:>11.0%}  {gpu.source}"
+        line += f"{gpu.link.name:>17}{gpu.product_share:>10.0%}{gpu.attention_share:>11.0%}  {gpu.source}"
         print(line)
-    print(f"\n{'--link':14}{'GB/s':>6}")
+    print(f"\n{'--link':16}{'GB/s':>4}")
     for name, link in LINKS.items():
-        print(f"{name:14}{link.speed / GB:>6.0f}  {link.source}")
+        print(f"{name:16}{link.speed / GB:>4.0f}  {link.source}")
     for title, presets in (("--network", NETWORKS), ("--host_link", HOST_LINKS), ("--disk", DISKS)):
         print(f"\n{title:12}{'GB/s':>8}")
         for name, (speed, source) in presets.items():

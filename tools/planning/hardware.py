@@ -2,8 +2,9 @@
 
 What a data sheet states is not what a training step reaches. `product_share` and `attention_share` are the shares of
 a data sheet's FLOPs that large matrix products and FlashAttention-2 reach within a step. Those of A100, H100, RTX 3090
-and RTX 4090 were chosen once for all rows of benchmarks/published_runs.csv together, below what is measured for a
-product alone:
+and RTX 4090, and the other constants of software below, were chosen once, for all published runs together: those of
+benchmarks/published_runs.csv, and of published_runs_more.csv where its column `fitted` says so. The shares stay below
+what is measured for a product alone:
     stas00/ml-engineering, compute/accelerator ("Maximum Achievable Matmul FLOPS"): A100 0.87, H100 0.80, MI300X 0.51
     FlashAttention-2 (arXiv:2307.08691) and -3 (arXiv:2407.08608), figures of forward and backward, causal, head 128
 The others take the share of their nearest relative, as the comment behind them says.
@@ -18,8 +19,7 @@ GiB = 2**30
 TFLOPS = 1e12
 
 
-# Shares of a data sheet's bandwidth and other constants of software, chosen once for all rows of published_runs.csv and
-# those of published_runs_more.csv that its column `fitted` names.
+# Shares of a data sheet's bandwidth and other constants of software.
 BANDWIDTH_SHARE = 0.90  # of memory: what a copy of a large tensor reaches (nvbandwidth on A100: 0.88 to 0.91)
 NVLINK_SHARE = 0.40  # of NVLink, by gathers of one layer at a time; nccl-tests reach 0.8 with far larger ones
 PCIE_SHARE = 0.75  # of PCIe, which is so slow that a layer is a large message
@@ -30,7 +30,7 @@ NETWORK_HOP = 10e-6  # s from one machine to the next in a ring
 LINK_HOP = 1.5e-6  # s from one GPU to the next in a machine
 LAUNCH = 12e-6  # s that PyTorch needs to start one operation; a GPU that computes less waits
 FSDP_GATHER = 0.5e-3  # s of Python for each gather of a layer
-DEEPSPEED_HOOKS = 0.4e-3  # s of Python for each matrix under ZeRO-3, on a single GPU, too: hooks and prefetcher
+DEEPSPEED_HOOKS = 0.4e-3  # s of Python for each matrix in each pass of ZeRO-3, on one GPU, too: hooks, prefetcher
 DEEPSPEED_GATHER = 0.25e-3  # and to start its gather, where there is something to gather
 NARROW = 320  # a product of width h reaches h / (h + NARROW) of product_share
 SHORT_DOCUMENT = 400  # attention in L tokens reaches L / (L + 400) of its speed (arXiv:2407.08608, 512 to 16k tokens)
@@ -41,9 +41,10 @@ HOST_ADAM = 15 * GB  # bytes/s of host memory for each process in DeepSpeed's CP
 class Link:
     """What connects the GPUs of a machine."""
 
+    name: str
     speed: float  # bytes/s, one direction
     source: str
-    share: float = NVLINK_SHARE  # of it, by gathers of one layer at a time
+    share: float = NVLINK_SHARE  # of `speed`, by gathers of one layer at a time
     overlap_loss: float = OVERLAP_LOSS  # of arithmetic and communication
 
     @property
@@ -52,37 +53,39 @@ class Link:
         return self.speed * self.share
 
 
-def pcie(speed: float, source: str) -> Link:
+def pcie(name: str, speed: float, source: str) -> Link:
     """Without NVLink, what two GPUs exchange goes through host memory, which halves the speed of their slots."""
-    return Link(speed / 2, source, PCIE_SHARE, PCIE_OVERLAP_LOSS)
+    return Link(name, speed / 2, f"{source}; half of it, through host memory", PCIE_SHARE, PCIE_OVERLAP_LOSS)
 
 
-LINKS = {
-    "pcie3-x4": pcie(4 * GB, "PCI Express 3.0, a slot behind the chipset"),
-    "pcie3-x8": pcie(8 * GB, "PCI Express 3.0, two cards that share 16 lanes"),
-    "pcie3-x16": pcie(16 * GB, "PCI Express 3.0"),
-    "pcie4-x4": pcie(8 * GB, "PCI Express 4.0, a slot behind the chipset"),
-    "pcie4-x8": pcie(16 * GB, "PCI Express 4.0, two cards that share 16 lanes"),
-    "pcie4-x16": pcie(32 * GB, "PCI Express 4.0"),
-    "pcie5-x8": pcie(32 * GB, "PCI Express 5.0, two cards that share 16 lanes"),
-    "pcie5-x16": pcie(64 * GB, "PCI Express 5.0"),
-    "nvlink-bridge": Link(56 * GB, "NVIDIA's bridge for two RTX 3090, A40 or RTX A6000"),
-    "nvlink2": Link(150 * GB, "NVIDIA V100 data sheet, SXM2"),
-    "nvlink3": Link(300 * GB, "NVIDIA A100 data sheet, SXM"),
-    "nvlink4": Link(450 * GB, "NVIDIA H100 data sheet, SXM"),
-    "nvlink5": Link(900 * GB, "NVIDIA HGX B200 data sheet"),
-    "infinity-fabric": Link(448 * GB, "AMD MI300X data sheet"),
-}
-
-
-PCIE3 = LINKS["pcie3-x16"]
-PCIE4 = LINKS["pcie4-x16"]
-PCIE5 = LINKS["pcie5-x16"]
-NVLINK2 = LINKS["nvlink2"]
-NVLINK3 = LINKS["nvlink3"]
-NVLINK4 = LINKS["nvlink4"]
-NVLINK5 = LINKS["nvlink5"]
-INFINITY = LINKS["infinity-fabric"]
+PCIE3 = pcie("pcie3-x16", 16 * GB, "PCI Express 3.0")
+PCIE4 = pcie("pcie4-x16", 32 * GB, "PCI Express 4.0")
+PCIE4_X8 = pcie("pcie4-x8", 16 * GB, "PCI Express 4.0, two cards that share 16 lanes")
+PCIE5 = pcie("pcie5-x16", 64 * GB, "PCI Express 5.0")
+# It is about as fast as a slot, so a layer is as large a message.
+BRIDGE = Link("nvlink-bridge", 56 * GB, "NVIDIA's bridge for two RTX 3090, A40 or RTX A6000", share=PCIE_SHARE)
+NVLINK2 = Link("nvlink2", 150 * GB, "NVIDIA V100 data sheet, SXM2")
+NVLINK3 = Link("nvlink3", 300 * GB, "NVIDIA A100 data sheet, SXM")
+NVLINK4 = Link("nvlink4", 450 * GB, "NVIDIA H100 data sheet, SXM")
+NVLINK5 = Link("nvlink5", 900 * GB, "NVIDIA HGX B200 data sheet")
+INFINITY = Link("infinity-fabric", 448 * GB, "AMD MI300X data sheet")
+ALL_LINKS = (
+    pcie("pcie3-x4", 4 * GB, "PCI Express 3.0, a slot behind the chipset"),
+    pcie("pcie3-x8", 8 * GB, "PCI Express 3.0, two cards that share 16 lanes"),
+    PCIE3,
+    pcie("pcie4-x4", 8 * GB, "PCI Express 4.0, a slot behind the chipset"),
+    PCIE4_X8,
+    PCIE4,
+    pcie("pcie5-x8", 32 * GB, "PCI Express 5.0, two cards that share 16 lanes"),
+    PCIE5,
+    BRIDGE,
+    NVLINK2,
+    NVLINK3,
+    NVLINK4,
+    NVLINK5,
+    INFINITY,
+)
+LINKS = {link.name: link for link in ALL_LINKS}
 
 
 @dataclass(frozen=True)
@@ -119,13 +122,14 @@ GPUS = {
     "a10g": GPU(70 * TFLOPS, 600 * GB, 22.5 * GiB, PCIE4, 0.85, 0.70, "NVIDIA A10G data sheet (AWS)"),
     "a40": GPU(150 * TFLOPS, 696 * GB, 45.0 * GiB, PCIE4, 0.75, 0.60, "NVIDIA A40 data sheet"),
     "a6000": GPU(155 * TFLOPS, 768 * GB, 48.0 * GiB, PCIE4, 0.75, 0.60, "NVIDIA RTX A6000 data sheet"),
-    # Two of them were measured on "an older motherboard" with "slow PCI lanes" (AnswerDotAI/fsdp_qlora): --link.
-    "rtx3090": GPU(71 * TFLOPS, 936 * GB, 24.0 * GiB, LINKS["pcie3-x8"], 1.00, 0.80, "NVIDIA GA102 white paper"),
+    # Boards for two of them split the lanes of the first slot.
+    "rtx3090": GPU(71 * TFLOPS, 936 * GB, 24.0 * GiB, PCIE4_X8, 1.00, 0.80, "NVIDIA GA102 white paper"),
     # Its clock is above the data sheet's, and so is what it computes; its cache of 72 MB keeps what is read again soon.
+    # All three figures were chosen for the four rows of two programs that state it, on boards with full slots.
     "rtx4090": GPU(
         165 * TFLOPS, 1008 * GB, 24.0 * GiB, PCIE4, 1.05, 0.80, "NVIDIA Ada white paper", bandwidth_share=1.1
     ),
-    "rtx5090": GPU(209 * TFLOPS, 1792 * GB, 31.8 * GiB, PCIE5, 1.00, 0.70, "NVIDIA Blackwell white paper; as 4090"),
+    "rtx5090": GPU(209 * TFLOPS, 1792 * GB, 31.8 * GiB, PCIE5, 1.00, 0.70, "NVIDIA Blackwell white paper"),
     # Without bf16 the scripts compute in float32, by the ordinary cores.
     "v100": GPU(15.7 * TFLOPS, 900 * GB, 31.7 * GiB, NVLINK2, 0.85, 0.40, "NVIDIA V100 data sheet, SXM2, 32 GB", 4),
     "t4": GPU(8.1 * TFLOPS, 320 * GB, 15.0 * GiB, PCIE3, 0.60, 0.35, "NVIDIA T4 data sheet", compute_bytes=4),

@@ -118,7 +118,7 @@ def product_kernels(name: str, model: Model, strategy: Strategy, setup: Setup) -
         saved = size * inputs
         if name == "o_proj" and not setup.is_joined:
             saved = 0  # attention's output itself, which attention keeps
-    if strategy.adapter and strategy.kind == "zero3" and setup.lora_dropout and not shares_input:
+    if strategy.adapter and strategy.kind == "zero3" and setup.lora_dropout and not (shares_input or strategy.four_bit):
         saved = size * inputs  # DeepSpeed's linear layers keep their inputs although their weights are frozen
     if strategy.four_bit:
         # Each pass unpacks the matrix to bf16: half a byte is read and two are written, for all tokens together.

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from .hardware import GB, GPU, LINKS, Link
+from .hardware import GB, GPU, NVLINK3, PCIE4, Link
 from .models import MODELS, Model
 
 TOKENS = 512  # of a forward
@@ -22,6 +22,8 @@ NUM_SECONDS = 1.0  # for each measurement
 # Each measurement goes through so many bytes of different tensors: a step's tensors come from memory, and go to new
 # memory if they are kept for the backward, which takes many times as long as within a CPU's cache.
 WORKING_SET = 2**28
+COPY_SHARE = 0.85  # of a link's speed on its data sheet, about, by a copy of a large tensor
+FASTEST_SLOT = 64 * GB  # bytes/s: what is faster is NVLink; its bridge for two cards is not, and counts as a slot
 
 
 def seconds_of(action: Callable[[], object]) -> float:
@@ -89,7 +91,7 @@ def measure_cpu(model: Model, processes: int, bf16: bool | None = None) -> GPU:
         flops=products,
         memory_bandwidth=bandwidth,
         memory=psutil.virtual_memory().total / processes,
-        link=Link(bandwidth / 4, "gloo: into a socket, out of it, and into place"),
+        link=Link("gloo", bandwidth / 4, "into a socket, out of it, and into place"),
         product_share=1.0,
         attention_share=statistics.mean(rate.attention for rate in rates) / products,
         source="measured",
@@ -262,15 +264,15 @@ def measure_gpu() -> GPU:
 
 def measure_link() -> Link:
     """Between the first two GPUs, by copies; a single GPU is taken to have PCI Express 4.0."""
-    link = LINKS["pcie4-x16"]
     if torch.cuda.device_count() == 1:
-        return link
+        return PCIE4
     values = torch.empty(2**28, dtype=torch.uint8, device="cuda:0")
     other = torch.empty(2**28, dtype=torch.uint8, device="cuda:1")
     speed = values.numel() / gpu_seconds_of(lambda: other.copy_(values))
-    if speed > LINKS["pcie5-x16"].speed:
-        link = LINKS["nvlink-bridge"]
-    return replace(link, speed=speed, source="measured")
+    alike = PCIE4
+    if speed > FASTEST_SLOT:
+        alike = NVLINK3
+    return replace(alike, name="measured", speed=speed / COPY_SHARE, source="copies between two GPUs")
 
 
 def host_link_speed() -> float:

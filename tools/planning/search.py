@@ -225,11 +225,26 @@ def three_best(ways: list[Way], by_price: bool = False) -> list[Way]:
     ranked = best_of_each(ways)
     if by_price:
         ranked = sorted(ranked, key=lambda way: (expected_price(way), expected_hours(way)))
-    chosen = ranked[:3]
+    chosen = []
+    for way in ranked:
+        if not any(does_the_same(way, other) for other in chosen):
+            chosen.append(way)
+    chosen = chosen[:3]
     full = [way for way in ranked if not way.trains_adapter]
-    if len(chosen) == 3 and full and full[0] not in chosen:
+    if len(chosen) == 3 and full and all(way.trains_adapter for way in chosen):
         chosen[2] = full[0]
     return chosen
+
+
+def does_the_same(way: Way, other: Way) -> bool:
+    """On a single GPU nothing is sharded and there is one stage, so that strategies differ in name only."""
+    first = STRATEGIES[way.strategy]
+    second = STRATEGIES[other.strategy]
+    return (
+        way.machine.num_gpus == 1
+        and (way.gpu, way.machine) == (other.gpu, other.machine)
+        and (first.adapter, first.four_bit, first.offload) == (second.adapter, second.four_bit, second.offload)
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -395,9 +410,12 @@ def list_machines(
     machines = []
     for name in gpus:
         gpu = custom.get(name) or GPUS[name]
+        cores = 0
+        if name == "cpu":
+            cores = base.cores
         for count in counts:
             for number in nodes:
-                machines.append((name, replace(base, gpu=gpu, gpus=count, nodes=number)))
+                machines.append((name, replace(base, gpu=gpu, gpus=count, nodes=number, cores=cores)))
     return machines
 
 
@@ -409,6 +427,7 @@ def to_json(way: Way, command: str) -> dict:
         "gpu": way.gpu,
         "gpus": way.machine.gpus,
         "nodes": way.machine.nodes,
+        "link": way.machine.gpu.link.name,
         "checkpointing": way.setup.checkpointing,
         "rows_of_forward": way.setup.rows,
         "accumulation": way.setup.accumulation,

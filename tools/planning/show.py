@@ -22,8 +22,8 @@ tok/s/GPU: tokens a second for each GPU. MFU: the model's own work as a share of
 
 BEST_LEGEND = """
 memory: W weights, G gradients, O optimizer, A activations, L logits, B buffers; + what PyTorch's allocator, CUDA and
-  NCCL take besides. In brackets: from the 10th to the 90th percentile of published runs of the same kind, by the middle
-  of which the ways are ordered."""
+  NCCL take besides. In brackets: from the 10th to the 90th percentile of published runs of the same kind, and at least
+  that of all kinds together; by its middle the ways are ordered."""
 
 
 def headline(job: Job) -> str:
@@ -131,8 +131,12 @@ def print_best(job: Job, ways: list[Way]) -> None:
         checkpointing = "no checkpointing"
         if setup.checkpointing:
             checkpointing = "checkpointing"
-        print(f"\n{number}. {way.strategy} on {machine_name(way)}: {what}, {setup.rows} rows x {setup.accumulation}, "
-              f"{checkpointing}")  # fmt: skip
+        where = machine_name(way)
+        if way.machine.gpus > 1:
+            where += f" ({way.machine.gpu.link.name})"
+        print(
+            f"\n{number}. {way.strategy} on {where}: {what}, {setup.rows} rows x {setup.accumulation}, {checkpointing}"
+        )
         low, high = find_range(way, "memory")
         shown = way.shown_bytes / GiB
         print(f"   memory  [{memory_bar(way)}] {shown:.1f} of {way.machine.gpu.memory / GiB:.1f} GiB in nvidia-smi "

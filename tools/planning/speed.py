@@ -1,8 +1,8 @@
 """Time: what the kernels of a step take on a machine, and what its communication adds.
 
-A roofline: products and attention at their GPU's achievable rates, all else at the memory's bandwidth, and not faster
-than PyTorch can start operations. Communication hides behind arithmetic, but not perfectly. The constants stand in
-hardware.py; none belongs to a single row of benchmarks/published_runs.csv.
+A roofline: products and attention at their GPU's achievable rates, all else at the memory's bandwidth. The time in
+which Python starts operations hides behind that, or that behind it, but not perfectly; so does communication behind
+arithmetic. The constants stand in hardware.py, which says how they were chosen.
 """
 
 from dataclasses import dataclass, replace
@@ -133,7 +133,8 @@ def update_seconds(model: Model, strategy: Strategy, setup: Setup, machine: Mach
     if strategy.adapter:
         size = 4
     moved = trained * (3 * size + 2 * setup.optimizer_bytes)
-    return moved / bytes_per_second(machine.gpu)
+    # None of it is in a cache.
+    return moved / min(machine.gpu.memory_bandwidth, bytes_per_second(machine.gpu))
 
 
 def overlapped(first: float, second: float, loss: float) -> float:
@@ -148,7 +149,7 @@ def overlapped(first: float, second: float, loss: float) -> float:
 
 def sharded_seconds(model: Model, strategy: Strategy, setup: Setup, machine: Machine) -> float:
     work = micro_step_work(model, strategy, setup)
-    arithmetic = compute_seconds(model, setup, machine, work, gather_seconds(model, strategy, setup))
+    arithmetic = compute_seconds(model, setup, machine, work, sharding_seconds(model, strategy, setup))
     arithmetic = crowded(arithmetic, machine, setup.num_gpus)
     each_micro_step, at_update = communication(model, strategy, setup)
     sending = traffic_seconds(setup, machine, each_micro_step)
@@ -168,8 +169,8 @@ def sharded_seconds(model: Model, strategy: Strategy, setup: Setup, machine: Mac
     return seconds
 
 
-def gather_seconds(model: Model, strategy: Strategy, setup: Setup) -> float:
-    """Python's time for the gathers of a micro-step: FSDP2 gathers layers, ZeRO-3 matrices."""
+def sharding_seconds(model: Model, strategy: Strategy, setup: Setup) -> float:
+    """Python's time in a micro-step, in s: FSDP2 gathers layers; ZeRO-3 matrices, and its hooks run on one GPU, too."""
     num_passes = 2
     if setup.checkpointing:
         num_passes = 3

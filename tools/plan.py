@@ -147,15 +147,13 @@ def check_arguments(args: Arguments) -> Question:
         if getattr(args, name, None) == getattr(Arguments, name, None):  # what the user says counts more
             base = replace(base, **{name: speed})
     gpus = attempt("gpu", lambda args: read_gpus(args.gpu, custom))
-    if gpus and "cpu" in gpus and "cpu" not in custom:
-        custom["cpu"] = measure_this_cpu(model, max(counts))
-        base = replace(base, cores=os.cpu_count())
-    if link and gpus:
-        mistakes += find_unlinkable(link, gpus, counts)
-    if args.ask in ("models", "context", "gpus") and gpus and len(gpus) * len(counts) * len(nodes) > 1:
-        mistakes.append(f"--ask {args.ask}: name one kind of GPU, and one number for --gpus and --nodes")
+    if gpus:
+        mistakes += find_contradictions(args, gpus, counts, nodes, link)
     if mistakes:
         raise ValueError("\n".join(mistakes))
+    if gpus == ["cpu"] and "cpu" not in custom:
+        custom["cpu"] = measure_this_cpu(model, max(counts))
+        base = replace(base, cores=os.cpu_count())
     machines = search.list_machines(gpus, counts, nodes, base, custom)
     if link:
         machines = [(name, replace(machine, gpu=replace(machine.gpu, link=link))) for name, machine in machines]
@@ -196,6 +194,22 @@ def check_choices(args: Arguments) -> list[str]:
     return mistakes
 
 
+def find_contradictions(
+    args: Arguments, gpus: list[str], counts: list[int], nodes: list[int], link: Link | None
+) -> list[str]:
+    """Flags that are right by themselves and make no sense together."""
+    mistakes = []
+    if "cpu" in gpus and len(gpus) > 1:
+        mistakes.append(f"--gpu {args.gpu}: ask about the CPU by itself")
+    if link and "cpu" in gpus:
+        mistakes.append(f"--link {link.name}: processes on a CPU exchange through its memory")
+    if link and link.name == "nvlink-bridge" and max(counts) > 2:
+        mistakes.append(f"--link {link.name}: it joins two GPUs, not {max(counts)}")
+    if args.ask != "best" and len(gpus) * len(counts) * len(nodes) > 1:
+        mistakes.append(f"--ask {args.ask}: name one kind of GPU, and one number for --gpus and --nodes")
+    return mistakes
+
+
 def read_numbers(text: str) -> list[int]:
     numbers = []
     for part in str(text).split(","):
@@ -226,15 +240,6 @@ def read_link(text: str) -> Link | None:
         return LINKS[text]
     speed = read_speed(text, {name: (link.speed, link.source) for name, link in LINKS.items()})
     return Link(f"{text} GB/s", speed, "the command line", share=1.0, overlap_loss=PCIE_OVERLAP_LOSS)
-
-
-def find_unlinkable(link: Link, gpus: list[str], counts: list[int]) -> list[str]:
-    mistakes = []
-    if "cpu" in gpus:
-        mistakes.append(f"--link {link.name}: processes on a CPU exchange through its memory")
-    if link.name == "nvlink-bridge" and max(counts) > 2:
-        mistakes.append(f"--link {link.name}: it joins two GPUs, not {max(counts)}")
-    return mistakes
 
 
 def read_strategies(text: str) -> tuple[str, ...]:
@@ -317,7 +322,7 @@ def read_gpus(text: str, custom: dict[str, GPU]) -> list[str]:
     if text == "a100-80g" and custom:
         return list(custom)
     if text == "all":
-        return [*custom, *GPUS]
+        return [name for name in (*custom, *GPUS) if name != "cpu"]
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in GPUS and name not in custom and name != "cpu":

@@ -66,6 +66,8 @@ from data_collator import DataCollator, LossHead, TokenizedDataset, TrainingRows
 PEFT_TYPES = {"lora": "LORA", "prefix": "PREFIX_TUNING", "ptuning": "P_TUNING", "prompt": "PROMPT_TUNING"}
 ATTENTION_KERNELS = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 PATHS = ("model_path", "peft_path", "dataset_path", "eval_dataset_path", "output_dir", "resume_from_checkpoint")
+# What a run writes into --output_dir and others may have there, too.
+OVERWRITTEN = ("README.md", "config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
 # Flags that a resumed run must share with the interrupted one, besides the rows and their order.
 SHARED_BY_RESUMED = (
     "model_path", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
@@ -1057,6 +1059,21 @@ def find_checkpoint(choice: str, output_dir: str, settings: dict) -> Path | None
     return None
 
 
+def is_finished(checkpoint: Path | None, output_dir: str, num_steps: int) -> bool:
+    """Whether the run that is to be resumed has taken all its steps and saved its result.
+
+    Raises:
+        ValueError: it has taken more steps than are asked for now.
+    """
+    if checkpoint is None:
+        return False
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    if step > num_steps:
+        raise ValueError(f"{checkpoint} has taken {step} steps, and these flags ask for {num_steps}; resume with more "
+                         "--num_train_epochs or --max_steps")  # fmt: skip
+    return step == num_steps and (Path(output_dir) / "run.json").is_file()
+
+
 def read_settings(checkpoint: Path) -> dict:
     """`settings` of the run and `file_sizes` of a checkpoint; those of the toolkit's former layout alike."""
     former = checkpoint / "complete.json"
@@ -1098,9 +1115,12 @@ def claim_folder(output_dir: Path, checkpoint: Path | None):
     """Makes the folder of the run and locks it; returns the lock file, which the system frees when the process ends.
 
     Raises:
-        ValueError: another run is going on in it, or it holds a former run that cannot be moved out of the way.
+        ValueError: another run is going on in it, or it holds files that a run would overwrite and cannot move away.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
+    others = [name for name in OVERWRITTEN if (output_dir / name).exists()]
+    if others and checkpoint is None and not holds_a_run(output_dir):
+        raise ValueError(f"--output_dir {output_dir}: it holds {others[0]}, which is not of a run; name another folder")
     is_above = output_dir.resolve() in (Path.cwd(), *Path.cwd().parents)
     if is_above and checkpoint is None and holds_a_run(output_dir):
         raise ValueError(f"--output_dir {output_dir}: it holds a former run, and you are in it; name another folder")
@@ -1173,6 +1193,9 @@ def main() -> None:
         (args,) = parser.parse_args_into_dataclasses()
         args = expand_home(args)
         config, tokenizer, rows, eval_dataset, checkpoint, skeleton = check_arguments(args)
+        if is_finished(checkpoint, args.output_dir, rows.num_steps):
+            print(f"{args.output_dir}: all {rows.num_steps} steps are trained and saved; nothing to do")
+            sys.exit()
         if is_first:
             lock = claim_folder(Path(args.output_dir), checkpoint)
     except (ValueError, OSError, argparse.ArgumentError) as mistakes:

@@ -19,7 +19,9 @@ Questions are rows in the shapes that tokenize_dataset.py reads (mcq, alpaca, ch
 --resume True goes on from there.
 """
 
+import csv
 import hashlib
+import io
 import json
 import os
 import sys
@@ -51,7 +53,7 @@ class Arguments:
     )
     test_path: str = field(
         default="data_sample/triage_test.jsonl",
-        metadata={"help": "rows as .jsonl or .json, or - for JSONL from stdin"},
+        metadata={"help": "rows as .jsonl, .json or .csv, or - for JSONL from stdin"},
     )
     prompt: str | None = field(
         default=None, metadata={"help": "answer this text instead of rows; - reads it from stdin"}
@@ -159,8 +161,9 @@ def check_arguments(args: Arguments) -> Questions:
             loading.check_system(source, args.system, questions.template)
     asks_sample = args.prompt is None and args.test_path == Arguments.test_path
     if asks_sample and questions.template and questions.template["format"] != "mcq":
-        mistakes.append(f"{questions_flag}: these questions have options, and this model was trained on --format "
-                        f"{questions.template['format']}; name rows of that form, or ask by --prompt")  # fmt: skip
+        mistakes.append(f"{questions_flag}, the default: these questions have options, and this model was trained on "
+                        f"--format {questions.template['format']}; name rows of that form, or ask by "
+                        "--prompt")  # fmt: skip
     elif questions.template and not any(mistake.startswith("--system") for mistake in mistakes):
         with collect(mistakes, questions_flag):
             questions.prompts = encode_rows(source, questions.template, rows)
@@ -217,10 +220,14 @@ def read_rows(args: Arguments) -> list[dict]:
         return [{"prompt": text, "system": args.system}]
     if args.test_path == "-":
         text = sys.stdin.read()
+    elif Path(args.test_path).is_dir():
+        raise ValueError("it is a folder; name the file with the rows, or score a tokenized set by tools/evaluate.py")
     else:
         text = Path(args.test_path).read_text(encoding="utf-8-sig")
     if args.test_path.endswith(".json"):
         rows = json.loads(text)
+    elif args.test_path.endswith(".csv"):
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
     else:
         rows = []
         for number, line in enumerate(text.split("\n"), 1):

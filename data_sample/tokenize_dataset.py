@@ -50,7 +50,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -240,6 +240,8 @@ def parse_columns(args: Arguments) -> dict[str, str]:
 def find_column_mistakes(args: Arguments) -> list[str]:
     known = USED.get(args.format, [])
     mistakes = []
+    if re.search(r"，\s*\w+=", args.columns or ""):
+        mistakes.append(f"--columns {args.columns}: separate them by an ASCII comma, not by ，")
     for name, column in parse_columns(args).items():
         if name not in known:
             mistakes.append(f"--columns {name}={column}: --format {args.format} has no field {name}; it has "
@@ -263,7 +265,19 @@ def find_output_mistakes(args: Arguments) -> list[str]:
             mistakes.append(f"--output {output}: exists and is not a tokenized set; choose another folder")
         elif not folder.is_dir() or not os.access(folder, os.W_OK):
             mistakes.append(f"--output {output}: {folder} is no writable folder; choose another")
+    part_of_former = output_folders(replace(args, val_size=0.5))["val"]
+    if not args.val_size and was_split_off(part_of_former):
+        mistakes.append(f"--output {args.output}: the new set would have the rows of {part_of_former}, which was split "
+                        "off a former one; state --val_size again, delete that, or name another folder")  # fmt: skip
     return mistakes
+
+
+def was_split_off(folder: Path) -> bool:
+    """Whether the folder is the second one that --val_size made."""
+    try:
+        return json.loads((folder / "ledger.json").read_text(encoding="utf-8"))["val_size"] > 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def output_folders(args: Arguments) -> dict[str, Path]:

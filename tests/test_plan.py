@@ -857,7 +857,15 @@ def test_a_measurement_that_does_not_fit_is_explained(what, tmp_path, monkeypatc
 def test_one_gpu_is_not_told_three_names_of_one_way(monkeypatch, capsys):
     flags = ["--gpu", "rtx4090", "--gpus", 1, "--model", "llama-3-8b", "--batch", 64, "--json", True]
     names = [way["strategy"] for way in json.loads(call(monkeypatch, capsys, *flags))["best"]]
-    assert names[:2] == ["pp_peft", "QLoRA"]
+    assert names == ["QLoRA", "pp_peft"]
+
+
+def test_a_way_that_may_not_fit_is_chosen_only_where_nothing_else_fits(monkeypatch, capsys):
+    flags = ["--gpu", "rtx4090", "--gpus", 1, "--model", "llama-3-8b", "--batch", 64, "--strategy", "pp_peft"]
+    assert "may not fit" not in call(monkeypatch, capsys, *flags)
+    assert "it may not fit" in call(monkeypatch, capsys, *flags, "--checkpointing", False)
+    (way,) = json.loads(call(monkeypatch, capsys, *flags, "--json", True))["best"]
+    assert way["checkpointing"] and way["nvidia_smi_range"][1] < way["gpu_bytes"]
 
 
 def test_the_link_is_shown_where_there_are_several_gpus(monkeypatch, capsys):

@@ -17,7 +17,7 @@ from conftest import random_rows, run_script, save_rows, save_tiny_model
 from harness import STRATEGIES, Runs, newest_complete, start_script, weights_of
 
 import finetune_pp
-from finetune_pp import Arguments, claim_folder, expand_home, free_folder, set_former_run_aside
+from finetune_pp import Arguments, claim_folder, expand_home, free_folder, is_finished, set_former_run_aside
 
 FLAGS = ["--use_cpu", "True", "--bf16", "False", "--report_to", "none", "--learning_rate", "1e-2"]
 
@@ -162,14 +162,58 @@ def test_weights_have_the_rights_of_the_files_beside_them(umask, tmp_path):
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_what_every_script_saves_can_be_read_by_others(tmp_path_factory):
-    runs = Runs(tmp_path_factory.mktemp("rights"))
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Runs:
+    """A run of one step by each strategy, in the folder of its name."""
+    runs = Runs(tmp_path_factory.mktemp("finished"))
     for strategy in STRATEGIES:
-        out = runs.folder / strategy
-        runs.train(strategy, 1, out, "--max_steps", 1, "--save_steps", 1)
-        for path in out.rglob("*.safetensors"):
+        runs.train(strategy, 1, runs.folder / strategy, "--max_steps", 1, "--save_steps", 1)
+    return runs
+
+
+def test_what_every_script_saves_can_be_read_by_others(finished):
+    for strategy in STRATEGIES:
+        for path in (finished.folder / strategy).rglob("*.safetensors"):
             beside = next(path.parent.glob("*.json"))
             assert path.stat().st_mode == beside.stat().st_mode, path
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_finished_run_that_is_resumed_stays_as_it_is(strategy, finished):
+    """A cluster may start it again: that is no mistake, and its receipt still says what training took."""
+    out = finished.folder / strategy
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    again = finished.train(strategy, 1, out, "--max_steps", 1, "--resume_from_checkpoint", "True")
+    assert "all 1 steps are trained and saved; nothing to do" in again.output
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_run_is_not_resumed_with_fewer_steps_than_it_has_taken(tmp_path):
+    checkpoint = tmp_path / "checkpoint-5"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 5}))
+    with pytest.raises(ValueError, match="has taken 5 steps, and these flags ask for 4"):
+        is_finished(checkpoint, str(tmp_path), 4)
+    assert not is_finished(checkpoint, str(tmp_path), 5)  # a kill came between the last step and its result
+    assert not is_finished(checkpoint, str(tmp_path), 6)
+    (tmp_path / "run.json").touch()
+    assert is_finished(checkpoint, str(tmp_path), 5)
+
+
+# --- Files of others ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json"])
+def test_what_is_not_of_a_run_is_not_overwritten(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"it holds {name}, which is not of a run; name another folder"):
+        claim_folder(tmp_path, None)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_log_that_the_shell_writes_into_the_folder_is_no_obstacle(tmp_path):
+    (tmp_path / "train.log").touch()
+    free_folder(claim_folder(tmp_path, None))
 
 
 # --- A full disk -------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """test_sample.py: the prompt of training without the answer, the same tokens in any batch, no silent base model."""
 
+import csv
 import importlib.util
 import io
 import json
@@ -180,6 +181,8 @@ def test_mistakes_are_reported_together(workplace, monkeypatch):
     )
     for part in ("--model_path models/none", "--num_samples 0", "--test_path nowhere.jsonl"):
         assert part in message
+    folder = stop_message(monkeypatch, "--model_path", "models/tiny", "--test_path", "models")
+    assert "--test_path models: it is a folder; name the file with the rows, or score a tokenized set by" in folder
     assert "no rows" in stop_message(monkeypatch, "--model_path", "models/tiny", "--test_path", "empty.jsonl")
     message = stop_message(monkeypatch, "--model_path", "models/tiny", "--test_path", "other.jsonl")
     assert "--test_path other.jsonl: row 1: field sent2 is missing" in message
@@ -266,6 +269,19 @@ def test_a_prompt_stdin_and_two_models_side_by_side(workplace, monkeypatch, caps
     for answer in answers:
         assert f"models/tiny: {answer}\nanswer:" in printed
         assert f"answer:   {answer}\n" not in printed  # the adapter changes it
+
+
+def test_the_rows_of_a_csv_file_are_asked_as_those_of_jsonl(workplace, monkeypatch, capsys):
+    save_tiny_model(workplace / "models" / "tiny")
+    rows = [{name: value for name, value in row.items() if name != "label"} for row in QUESTIONS[:2]]
+    (workplace / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with open(workplace / "rows.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    flags = ["--model_path", "models/tiny", "--max_new_tokens", 4]
+    asked = [run_main(monkeypatch, capsys, *flags, "--test_path", name) for name in ("rows.csv", "rows.jsonl")]
+    assert asked[0] == asked[1] and "--- 2\n" in asked[0]
 
 
 @pytest.mark.parametrize("mode", ["lora", "prefix", "ptuning", "prompt"])

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -457,6 +458,30 @@ def test_the_same_input_gives_the_same_bytes_and_replaces_the_former_set(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "set"]
 
 
+def test_a_set_does_not_take_back_the_rows_that_were_split_off_it(tmp_path, monkeypatch, folders):
+    """Else the rows that a model is evaluated on would be among those it is trained on."""
+    raw = write_jsonl(tmp_path / "rows.jsonl", [QUESTION] * 8)
+    command = ("--input", raw, "--tokenizer_path", folders["plain"], "--output", tmp_path / "set")
+    run_main(monkeypatch, *command, "--val_size", 0.5)
+    before = TokenizedDataset(tmp_path / "set").ledger["sha256"]
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, *command)
+    assert f"the new set would have the rows of {tmp_path / 'set_val'}, which was split off" in stopped.value.code
+    assert TokenizedDataset(tmp_path / "set").ledger["sha256"] == before
+    run_main(monkeypatch, *command, "--val_size", 0.25)
+    shutil.rmtree(tmp_path / "set_val")
+    run_main(monkeypatch, *command)
+    assert TokenizedDataset(tmp_path / "set").ledger["documents"] == 8
+
+
+def test_a_comma_of_a_chinese_keyboard_is_named(tmp_path, monkeypatch, folders):
+    raw = write_jsonl(tmp_path / "rows.jsonl", [TASK])
+    command = ("--input", raw, "--format", "alpaca", "--tokenizer_path", folders["chat"], "--output", tmp_path / "set")
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, *command, "--columns", "instruction=问题，output=答案")
+    assert "separate them by an ASCII comma, not by ，" in stopped.value.code
+
+
 def test_windows_line_ends_and_a_byte_order_mark_go_through(tmp_path, monkeypatch, folders):
     texts = {
         "unix.jsonl": write_jsonl(tmp_path / "unix.jsonl", [TASK, TASK]).read_bytes(),
@@ -490,7 +515,7 @@ def test_a_part_of_a_set_may_be_empty_by_chance(tmp_path, tokenizers, val_size):
             num_rows += len(rows_of(tmp_path / f"set_val-{number}-of-4"))
     assert num_rows == 2
     with pytest.raises(ValueError, match="longer than --max_length: 1 of 1 rows"):
-        tokenize_file(tokenizers["plain"], tmp_path / "set", input=str(raw), format="alpaca", max_length=5, shard="1/4")
+        tokenize_file(tokenizers["plain"], tmp_path / "new", input=str(raw), format="alpaca", max_length=5, shard="1/4")
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -1072,6 +1097,7 @@ def test_every_policy_for_long_rows_balances(
     path, tokenizer = tmp_path_factory.getbasetemp() / "long.jsonl", tokenizers["chat"]
     output = path.parent / "long set"
     arguments = {"format": "alpaca", "max_length": max_length, "on_long": on_long}
+    shutil.rmtree(output.with_name("long set_val"), ignore_errors=True)  # of the last example
     with empty_sets_are_allowed():
         whole, before = tokenize(path, raw_rows, tokenizer, format="alpaca")
         _, ledger = tokenize(path, raw_rows, tokenizer, packing=packing, val_size=val_size, **arguments)

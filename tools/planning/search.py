@@ -67,6 +67,11 @@ class Way:
         return nvidia_smi_bytes(self.memory.total, self.machine.gpu, self.machine.num_gpus)
 
     @property
+    def may_not_fit(self) -> bool:
+        """Whether published runs of its kind have taken so much more than predicted that the GPU would be too small."""
+        return self.shown_bytes * find_range(self, "memory")[1] > self.machine.gpu.memory
+
+    @property
     def kind(self) -> str:
         """Its kind in errors.json."""
         strategy = STRATEGIES[self.strategy]
@@ -136,6 +141,12 @@ def find_way(job: Job, gpu: str, machine: Machine, name: str, checkpointing: boo
                 choices.append((speed(job.model, strategy, candidate, machine), candidate))
     if not choices:
         return Way(gpu, machine, job.model, name, candidates[0], smallest, None, problem)
+    safe = []
+    for choice in choices:
+        held = memory(job.model, strategy, choice[1])
+        if not Way(gpu, machine, job.model, name, choice[1], held, choice[0]).may_not_fit:
+            safe.append(choice)
+    choices = safe or choices
     fastest = min(choice.step_seconds for choice, _ in choices)
     near = [choice for choice in choices if choice[0].step_seconds <= EQUALLY_FAST * fastest]
     best, setup = max(near, key=lambda choice: choice[1].rows)
@@ -203,14 +214,16 @@ def expected_price(way: Way) -> float:
 
 
 def best_of_each(ways: list[Way]) -> list[Way]:
-    """Of each strategy on each machine the faster one, with or without checkpointing; only what fits.
+    """Of each strategy on each machine the faster one, with or without checkpointing, that surely fits, or just fits.
 
     Offload is left out where the same strategy does without it. The fastest comes first, by its expected hours.
     """
     best = {}
     for way in ways:
         key = (way.gpu, way.machine, way.strategy)
-        if way.fits and (key not in best or way.hours < best[key].hours):
+        if not way.fits:
+            continue
+        if key not in best or (way.may_not_fit, way.hours) < (best[key].may_not_fit, best[key].hours):
             best[key] = way
     needed = []
     for (gpu, machine, strategy), way in best.items():

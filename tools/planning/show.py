@@ -139,8 +139,11 @@ def print_best(job: Job, ways: list[Way]) -> None:
         )
         low, high = find_range(way, "memory")
         shown = way.shown_bytes / GiB
+        text = f"{low * shown:.0f} to {high * shown:.0f}"
+        if way.may_not_fit:
+            text += ": it may not fit"
         print(f"   memory  [{memory_bar(way)}] {shown:.1f} of {way.machine.gpu.memory / GiB:.1f} GiB in nvidia-smi "
-              f"({low * shown:.0f} to {high * shown:.0f})")  # fmt: skip
+              f"({text})")  # fmt: skip
         low, high = find_range(way, "time")
         line = f"   time    {way.hours:,.1f} hours ({low * way.hours:,.1f} to {high * way.hours:,.1f}), "
         line += f"{way.speed.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, MFU {way.speed.mfu:.0%}"

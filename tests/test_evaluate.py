@@ -427,3 +427,27 @@ def test_the_flag_that_is_to_blame_is_named(tiny_model, tiny_set, tmp_path, monk
             flags.append(tiny_model)
         message = stop_message(monkeypatch, *flags)
         assert message.startswith(f"error: {expected}"), message
+
+
+@pytest.mark.parametrize("of_checkpoints", [False, True])
+def test_the_result_on_another_set_is_kept_beside(of_checkpoints, tmp_path, capsys):
+    output = tmp_path / "evaluation.json"
+    former = {"dataset_path": "sets/kf val", "loss": 1}
+    if of_checkpoints:
+        former = {"checkpoints": [former]}
+    output.write_text(json.dumps(former))
+    output.with_suffix(".md").write_text("table")
+    evaluate.keep_result_of_another_set(output, "sets/kf val")
+    assert output.is_file()  # the same set again takes its place
+    evaluate.keep_result_of_another_set(output, "sets/triage")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.kf_val.json", "evaluation.kf_val.md"]
+    assert json.loads((tmp_path / "evaluation.kf_val.json").read_text()) == former
+    assert "is now" in capsys.readouterr().out
+
+
+def test_a_damaged_result_is_overwritten(tmp_path):
+    output = tmp_path / "evaluation.json"
+    for text in ("", "[]", '{"checkpoints": []}'):
+        output.write_text(text)
+        evaluate.keep_result_of_another_set(output, "sets/triage")
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]

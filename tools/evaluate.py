@@ -27,6 +27,7 @@ no token attends to another row. The result is the same for every batch size.
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -1092,6 +1093,23 @@ def find_output(args: Arguments) -> Path:
     return Path("outputs") / run.name / "evaluation.json"
 
 
+def keep_result_of_another_set(output: Path, dataset_path: str) -> None:
+    """Renames evaluation.json, its table and its plot if they are of another set than the one that was scored now."""
+    try:
+        former = json.loads(output.read_text(encoding="utf-8"))
+        former_set = former.get("checkpoints", [former])[0]["dataset_path"]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return
+    if former_set == dataset_path:
+        return
+    name = re.sub(r"\W+", "_", Path(former_set).name)
+    for suffix in (".json", ".md", ".png"):
+        path = output.with_suffix(suffix)
+        if path.exists():
+            path.rename(output.with_name(f"{output.stem}.{name}{suffix}"))
+    print(f"the result on {former_set} is now {output.with_name(f'{output.stem}.{name}.json')}")
+
+
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{path}.tmp").write_text(text, encoding="utf-8")
@@ -1190,6 +1208,8 @@ def report(args: Arguments, results: list[dict], output: Path) -> None:
         print_rewards(results[-1])
     table = make_table(results)
     print(table, end="")
+    if not args.output:
+        keep_result_of_another_set(output, args.dataset_path)
     if args.all_checkpoints:
         write(output, json.dumps({"checkpoints": results}))
     else:

@@ -208,8 +208,6 @@ def sorted_counts(counts: Counter) -> dict[str, int]:
 
 def explain_empty_split(ledger: Ledger, split: str) -> str:
     """Why no row of a split was kept: the largest reason, an example and what to do."""
-    if ledger.rows_in == 0:
-        return "the input has no rows"
     labels = LOST | LOST_PAIRS
     lost = {reason: number for reason, number in ledger.balance_rows(split).items() if reason in labels}
     reason = max(lost, key=lost.get)

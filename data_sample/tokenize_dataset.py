@@ -452,6 +452,8 @@ def refuse_empty_sets(args: Arguments, outputs: dict[str, Path], ledger: Ledger)
             continue
         balance = ledger.balance_rows(split)
         is_part = args.shard != "1/1"
+        if not is_part and balance["in"] == 0:
+            raise ValueError(f"--input {args.input}: the input has no rows, so nothing was written")
         if not is_part or balance["in"] > balance["other_split"]:
             raise ValueError(f"--output {output}: no row of it was kept, so nothing was written; "
                              f"{explain_empty_split(ledger, split)}")  # fmt: skip

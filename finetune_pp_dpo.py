@@ -1170,10 +1170,10 @@ def train(args: Arguments, model, compute_logps, collate, tokenizer, rows, eval_
         }
         log.update(average(args, sums, kl))
         speed = num_tokens / (time.perf_counter() - started)
-        margin = log.get("rewards/margins", math.nan)  # KTO: a step may have answers of one kind only
-        progress.set_postfix_str(
-            f"loss {loss:.4f}, margin {margin:.4f}, {speed:.0f} tokens/s, {peak_memory() / 2**30:.1f} GiB"
-        )
+        shown = f"loss {loss:.4f}"
+        if "rewards/margins" in log:  # a step of KTO may have answers of one kind only
+            shown += f", margin {log['rewards/margins']:.4f}"
+        progress.set_postfix_str(f"{shown}, {speed:.0f} tokens/s, {peak_memory() / 2**30:.1f} GiB")
         progress.update()
         if eval_dataset and (step % args.eval_steps == 0 or step == rows.num_steps):
             log.update(evaluate(args, model, compute_logps, collate, eval_dataset, devices[0]))

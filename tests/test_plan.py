@@ -860,6 +860,13 @@ def test_one_gpu_is_not_told_three_names_of_one_way(monkeypatch, capsys):
     assert names == ["QLoRA", "pp_peft"]
 
 
+def test_two_ways_to_offload_are_two_ways_on_one_gpu(monkeypatch, capsys):
+    flags = ["--gpu", "rtx4090", "--gpus", 1, "--model", "llama-3.2-3b", "--batch", 64, "--json", True]
+    flags += ["--strategy", "ZeRO-2 offload,ZeRO-3 offload"]
+    names = {way["strategy"] for way in json.loads(call(monkeypatch, capsys, *flags))["best"]}
+    assert names == {"ZeRO-2 offload", "ZeRO-3 offload"}
+
+
 def test_a_way_that_may_not_fit_is_chosen_only_where_nothing_else_fits(monkeypatch, capsys):
     flags = ["--gpu", "rtx4090", "--gpus", 1, "--model", "llama-3-8b", "--batch", 64, "--strategy", "pp_peft"]
     assert "may not fit" not in call(monkeypatch, capsys, *flags)

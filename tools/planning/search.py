@@ -250,13 +250,18 @@ def three_best(ways: list[Way], by_price: bool = False) -> list[Way]:
 
 
 def does_the_same(way: Way, other: Way) -> bool:
-    """On a single GPU nothing is sharded and there is one stage, so that strategies differ in name only."""
+    """On a single GPU nothing is sharded and there is one stage, so that strategies differ in name only.
+
+    What is offloaded differs: ZeRO-2 keeps the weights on the GPU.
+    """
     first = STRATEGIES[way.strategy]
     second = STRATEGIES[other.strategy]
+    if first.offload or second.offload:
+        return False
     return (
         way.machine.num_gpus == 1
         and (way.gpu, way.machine) == (other.gpu, other.machine)
-        and (first.adapter, first.four_bit, first.offload) == (second.adapter, second.four_bit, second.offload)
+        and (first.adapter, first.four_bit) == (second.adapter, second.four_bit)
     )
 
 
